@@ -1,0 +1,62 @@
+# For people: `make caption` is the quick start. Every target makes the environment first if it is missing.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CAPTION_OUTPUT := out/caption
+
+.DEFAULT_GOAL := help
+.PHONY: help venv lock caption test check format bench bench-load clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(STAMP)  ## make .venv with the locked set of packages
+
+# constraints.txt was locked on Python 3.11. Later Pythons take the ranges of pyproject.toml: some packages have other
+# newest versions there (megatron-core 0.17 and later exist for Python 3.12 on only).
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then \
+		$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'; \
+	else \
+		$(BIN)/python -m pip install --quiet --editable '.[dev]'; \
+	fi
+	touch $@
+
+# A local version (such as +cpu) names one build of the same release: constraints are for all machines.
+lock: venv  ## write what is installed in .venv into constraints.txt
+	{ echo '# Made by `make lock` on Python 3.11. The ranges that we support are in pyproject.toml.'; \
+	  $(BIN)/python -m pip freeze --exclude-editable | grep -v ' @ ' | sed -E 's/\+[A-Za-z0-9.]+$$//'; } > constraints.new
+	mv constraints.new constraints.txt
+	touch $(STAMP)
+
+caption: venv  ## the quick start: caption the bundled pictures with a small model in two stages
+	rm -rf $(CAPTION_OUTPUT)
+	$(BIN)/python jobs/caption.py --model examples/model --input examples/pictures.parquet \
+		--output $(CAPTION_OUTPUT) --stages 2 --address local
+	$(BIN)/python examples/show.py $(CAPTION_OUTPUT)
+
+test: venv  ## run all tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: venv  ## lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: venv  ## sort imports and format
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+
+bench: bench-load  ## run every benchmark
+
+bench-load: venv  ## load the 3B shape in two stages: time and peak memory of each
+	$(BIN)/python benchmarks/load.py
+
+clean:  ## remove output, builds and caches, not the environment
+	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

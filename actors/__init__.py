@@ -1,0 +1,7 @@
+"""The classes made remote, as the command line hands them to the driver. All behaviour lives in `ray_ministral`."""
+
+from ray_ministral.driver.stage_actor import stage_actor_class
+
+StageActor = stage_actor_class()
+
+__all__ = ["StageActor"]

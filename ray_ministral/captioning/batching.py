@@ -1,0 +1,235 @@
+"""`BatchScheduler`: which rows go into which step of which microbatch of one replica. Pure: no Ray, no torch, no clock.
+
+A replica has a few microbatches, one more than stages, so that every stage has work. Each step of a microbatch carries
+one token of each of its decoding sequences and the prompts of rows just admitted; a row that ends gives its slot to the
+next. Rows are spread evenly over the microbatches, within a bound on KV tokens.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ray_ministral.captioning.plan import Prefill, StepPlan
+
+FinishCheck = Callable[[Sequence[int]], str | None]
+"""Given the generated ids, the finish reason (`stop`) or None to go on."""
+
+
+@dataclass(eq=False)
+class Request:
+    """A row to caption. `pixels` is (reference to a pixel block, row in it), opaque here; None for a text-only row.
+
+    key: what the row's result is filed under. token_ids: int32 [P]. sample_key: uint64 as in `StepPlan`.
+    alone: the row gets a microbatch to itself (after a step that it was part of has failed).
+    """
+
+    key: Any
+    token_ids: np.ndarray
+    max_new_tokens: int
+    sample_key: int
+    pixels: tuple[Any, int] | None = None
+    attempts: int = 1
+    alone: bool = False
+    generated: list[int] = field(default_factory=list)
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that its slot must hold at most: the last generated token is never fed back."""
+        return len(self.token_ids) + self.max_new_tokens - 1
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A request that has all its tokens, and why it ended: `stop` or `length`."""
+
+    request: Request
+    finish_reason: str
+
+
+@dataclass(eq=False)
+class Microbatch:
+    """`running` are the decoding sequences, by slot; `entering` the ones whose prompt is in the step under way."""
+
+    index: int
+    running: list[Request] = field(default_factory=list)
+    entering: list[Request] = field(default_factory=list)
+    in_flight: StepPlan | None = None
+    moves: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        """Sequences that hold a slot."""
+        return len(self.running) + len(self.entering)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A step to run: its plan, and the pixel blocks that the plan counts, in order."""
+
+    plan: StepPlan
+    blocks: tuple[Any, ...]
+
+
+class BatchScheduler:
+    """Admits requests to microbatches and turns sampled tokens into finished requests."""
+
+    def __init__(
+        self,
+        *,
+        microbatches: int,
+        rows_per_microbatch: int,
+        kv_tokens_per_microbatch: int,
+        prefill_tokens_per_step: int,
+        finish_check: FinishCheck,
+    ) -> None:
+        self.waiting: deque[Request] = deque()
+        self.microbatches = [Microbatch(index) for index in range(microbatches)]
+        self._rows_limit = rows_per_microbatch
+        self._kv_limit = kv_tokens_per_microbatch
+        self._prefill_limit = prefill_tokens_per_step
+        self._finish_check = finish_check
+        self._steps = 0
+
+    @property
+    def active(self) -> int:
+        """Sequences that hold a slot."""
+        return sum(microbatch.rows for microbatch in self.microbatches)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing runs and nothing waits."""
+        return not self.waiting and not self.active
+
+    @property
+    def room(self) -> int:
+        """How many more requests are worth having at hand: enough to fill every microbatch once over."""
+        return max(0, 2 * self._rows_limit * len(self.microbatches) - self.active - len(self.waiting))
+
+    def fits(self, request: Request) -> bool:
+        """Whether the request can run at all, on its own."""
+        return request.kv_tokens <= self._kv_limit
+
+    def add(self, request: Request) -> None:
+        """Queue a request that `fits`."""
+        assert self.fits(request), "the caller turns requests that don't fit into row errors"
+        self.waiting.append(request)
+
+    def launches(self) -> list[Launch]:
+        """A step for each microbatch that is not in flight and has something to do."""
+        ready = (self._launch(microbatch) for microbatch in self.microbatches if microbatch.in_flight is None)
+        return [launch for launch in ready if launch is not None]
+
+    def complete(self, plan: StepPlan, tokens: np.ndarray) -> list[Finished]:
+        """Take the sampled tokens of a step; returns the requests that are done with it."""
+        microbatch = self._landed(plan)
+        sequences = microbatch.running + microbatch.entering
+        microbatch.entering = []
+        finished: list[Finished] = []
+        keep: list[Request | None] = []
+        for request, token in zip(sequences, tokens.tolist(), strict=True):
+            request.generated.append(token)
+            reason = self._finish_check(request.generated)
+            if reason is None and len(request.generated) >= request.max_new_tokens:
+                reason = "length"
+            if reason is not None:
+                finished.append(Finished(request, reason))
+            keep.append(request if reason is None else None)
+        microbatch.running, microbatch.moves = _compact(keep)
+        return finished
+
+    def fail(self, plan: StepPlan) -> list[Request]:
+        """A step has failed: its sequences lose their slots and are given back, to be tried again or given up."""
+        microbatch = self._landed(plan)
+        lost = microbatch.running + microbatch.entering
+        microbatch.running, microbatch.entering, microbatch.moves = [], [], []
+        for request in lost:
+            request.generated.clear()
+        return lost
+
+    def _landed(self, plan: StepPlan) -> Microbatch:
+        microbatch = self.microbatches[plan.microbatch]
+        assert microbatch.in_flight is plan, (
+            f"step {plan.step} is not the one in flight in microbatch {plan.microbatch}"
+        )
+        microbatch.in_flight = None
+        return microbatch
+
+    def _launch(self, microbatch: Microbatch) -> Launch | None:
+        decoding = list(microbatch.running)
+        microbatch.entering = self._admit(microbatch)
+        sequences = decoding + microbatch.entering
+        if not sequences:
+            return None
+        blocks: list[Any] = []
+        prefills = []
+        for offset, request in enumerate(microbatch.entering):
+            images: tuple[tuple[int, int], ...] = ()
+            if request.pixels is not None:
+                block, row = request.pixels
+                if block not in blocks:
+                    blocks.append(block)
+                images = ((blocks.index(block), row),)
+            prefills.append(Prefill(len(decoding) + offset, 0, len(request.token_ids), True, images))
+        fed = np.asarray([request.generated[-1] for request in decoding], dtype=np.int32)
+        plan = StepPlan(
+            step=self._steps,
+            microbatch=microbatch.index,
+            moves=tuple(microbatch.moves),
+            capacity=max(request.kv_tokens for request in sequences),
+            token_ids=np.concatenate([fed, *(request.token_ids for request in microbatch.entering)]).astype(np.int32),
+            decode_positions=np.asarray([_next_position(request) - 1 for request in decoding], dtype=np.int32),
+            prefills=tuple(prefills),
+            sample_keys=np.asarray([request.sample_key for request in sequences], dtype=np.uint64),
+            sample_positions=np.asarray([_next_position(request) for request in sequences], dtype=np.int64),
+        )
+        self._steps += 1
+        microbatch.moves = []
+        microbatch.in_flight = plan
+        return Launch(plan, tuple(blocks))
+
+    def _admit(self, microbatch: Microbatch) -> list[Request]:
+        """Requests from the head of the queue, as many as this microbatch's even share and limits allow."""
+        if any(request.alone for request in microbatch.running):
+            return []
+        share = -(-(self.active + len(self.waiting)) // len(self.microbatches))
+        limit = min(self._rows_limit, share)
+        admitted: list[Request] = []
+        longest = max((request.kv_tokens for request in microbatch.running), default=0)
+        prompt_tokens = 0
+        while self.waiting and len(microbatch.running) + len(admitted) < limit:
+            request = self.waiting[0]
+            rows = len(microbatch.running) + len(admitted)
+            longest = max(longest, request.kv_tokens)
+            prompt_tokens += len(request.token_ids)
+            # The first one always goes in: it fits on its own, and waiting would not make it smaller.
+            if rows and (request.alone or longest * (rows + 1) > self._kv_limit or prompt_tokens > self._prefill_limit):
+                break
+            admitted.append(self.waiting.popleft())
+            if request.alone:
+                break
+        return admitted
+
+
+def _next_position(request: Request) -> int:
+    return len(request.token_ids) + len(request.generated)
+
+
+def _compact(slots: list[Request | None]) -> tuple[list[Request], list[tuple[int, int]]]:
+    """Close the holes: sequences from the end move into the slots of ended ones; returns them by slot, and the moves."""
+    moves: list[tuple[int, int]] = []
+    low, high = 0, len(slots) - 1
+    while True:
+        while low < len(slots) and slots[low] is not None:
+            low += 1
+        while high >= 0 and slots[high] is None:
+            high -= 1
+        if low >= high:
+            break
+        slots[low], slots[high] = slots[high], None
+        moves.append((high, low))
+    return [request for request in slots if request is not None], moves

@@ -1,0 +1,78 @@
+"""`CaptionStage`: a pipeline stage that prefills, decodes and (the last one) samples. Plain class, no Ray."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ray_ministral.captioning.kv_cache import CachedAttention, KVCache
+from ray_ministral.captioning.plan import StepPlan
+from ray_ministral.captioning.request import Pixels
+from ray_ministral.captioning.sampling import sample
+from ray_ministral.config import SamplingConfig, StageOptions
+from ray_ministral.data.images import ImagePreprocessor
+from ray_ministral.model.architecture import Architecture
+from ray_ministral.model.packed import PackedBatch
+from ray_ministral.pipeline.stage import PipelineStage
+from ray_ministral.pipeline.wire import from_wire, to_wire
+
+
+class CaptionStage(PipelineStage):
+    """Runs `StepPlan`s; keeps the KV cache of each microbatch."""
+
+    def __init__(self, options: StageOptions, sampling: SamplingConfig) -> None:
+        super().__init__(options)
+        self.sampling = sampling
+        self._caches: dict[int, KVCache] = {}
+        self._normalise: Tensor | None = None
+
+    def step(self, plan: StepPlan, hidden: np.ndarray | None, *blocks: Pixels) -> np.ndarray:
+        """One step: what the next stage takes as `hidden`, or the sampled token ids (int32) on the last stage.
+
+        `blocks` are the pixel blocks that the plan's `Prefill.images` count, for the first stage.
+        """
+        started = time.perf_counter()
+        cache = self._cache(plan.microbatch)
+        cache.prepare(plan)
+        batch = PackedBatch(
+            positions_T=torch.from_numpy(plan.positions()).to(self.device),
+            lengths=plan.lengths(),
+            token_ids_T=torch.from_numpy(plan.token_ids).to(self.device, torch.int64) if self.spec.is_first else None,
+            images=self._images(plan, blocks) if self.spec.is_first else (),
+            logit_rows=torch.from_numpy(plan.sampled_rows()).to(self.device) if self.spec.is_last else None,
+            attention=CachedAttention(cache, plan, self.device),
+        )
+        received = None if hidden is None else from_wire(hidden, self.dtype, self.device)
+        output = self.run(batch, received)
+        if self.spec.is_last:
+            tokens = sample(output, self.sampling, plan.sample_keys, plan.sample_positions)
+            result = tokens.to("cpu", torch.int32).numpy()
+        else:
+            result = to_wire(output)
+        self.busy_seconds += time.perf_counter() - started
+        return result
+
+    def _cache(self, microbatch: int) -> KVCache:
+        if microbatch not in self._caches:
+            arch = Architecture.from_config(self.model.hf_config)
+            self._caches[microbatch] = KVCache(
+                len(self.spec.layers), arch.num_kv_heads, arch.head_dim, self.dtype, self.device
+            )
+        return self._caches[microbatch]
+
+    def _images(self, plan: StepPlan, blocks: tuple[Pixels, ...]) -> list[Tensor]:
+        """The plan's images, normalised: a table look-up of what the image processor makes of each byte."""
+        if self._normalise is None:
+            table = ImagePreprocessor(self.options.model_dir).normalisation_table()
+            self._normalise = torch.from_numpy(table).to(self.device, self.dtype)
+        table_3x256 = self._normalise
+        images = []
+        for piece in plan.prefills:
+            for block, row in piece.images:
+                for pixels in blocks[block][row]:
+                    index_3HW = torch.from_numpy(np.array(pixels)).to(self.device, torch.int64)
+                    images.append(torch.stack([table_3x256[c][index_3HW[c]] for c in range(3)]))
+        return images

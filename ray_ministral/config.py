@@ -1,0 +1,186 @@
+"""The options of a job, as small frozen dataclasses that are checked when made.
+
+They know nothing of torch, Ray or files; `jobs/` makes them from the command line, users make them in Python.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ray_ministral.errors import ConfigError
+
+Device = Literal["auto", "cpu", "cuda"]
+DType = Literal["auto", "float32", "bfloat16"]
+
+DEFAULT_PROMPT = "Describe this image."
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """Which decoder layers a model chunk owns, and whether it is the first or the last of its pipeline.
+
+    `first_layer` is inclusive, `end_layer` exclusive, both counted over the whole decoder. `is_first` chunks hold
+    the vision tower, the projector and the embedding; `is_last` chunks the final norm and the output layer.
+    """
+
+    first_layer: int
+    end_layer: int
+    is_first: bool
+    is_last: bool
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.first_layer < self.end_layer,
+            f"a stage needs at least one decoder layer, got layers {self.first_layer} up to {self.end_layer}: "
+            "use fewer stages or another split",
+        )
+
+    @property
+    def layers(self) -> range:
+        """Global indices of the decoder layers of this chunk."""
+        return range(self.first_layer, self.end_layer)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the next token is chosen. `temperature` 0 is greedy; `top_k` and `top_p` then have no effect."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.max_new_tokens >= 1, f"--max-new-tokens must be at least 1, got {self.max_new_tokens}")
+        _require(self.temperature >= 0, f"--temperature must not be negative, got {self.temperature}: 0 is greedy")
+        _require(self.top_k is None or self.top_k >= 1, f"--top-k must be at least 1, got {self.top_k}: leave it out")
+        _require(
+            self.top_p is None or 0 < self.top_p <= 1, f"--top-p must lie in (0, 1], got {self.top_p}: leave it out"
+        )
+        _require(0 <= self.seed < 2**63, f"--seed must lie in [0, 2**63), got {self.seed}")
+        _require(all(self.stop), "--stop must not be an empty text: leave it out")
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """What is asked about each row.
+
+    `prompt` is a template in which `{column}` takes the row's value; `prompt_column` names a column with a whole
+    prompt per row instead. `image_column` is a column of encoded bytes, of `{bytes, path}` structs, or of lists of either.
+    """
+
+    image_column: str = "image"
+    prompt: str | None = None
+    prompt_column: str | None = None
+    system_prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(
+            self.prompt is None or self.prompt_column is None,
+            "--prompt and --prompt-column exclude each other: give one of them",
+        )
+
+    @property
+    def template(self) -> str | None:
+        """The prompt template, or None when each row brings its own prompt."""
+        if self.prompt_column is not None:
+            return None
+        return DEFAULT_PROMPT if self.prompt is None else self.prompt
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """What is refused from an image's header alone, before anything is decoded."""
+
+    max_pixels: int = 64_000_000
+    max_side: int = 32_768
+    max_aspect: float = 200.0
+
+    def __post_init__(self) -> None:
+        _require(self.max_pixels >= 1, f"--max-image-pixels must be at least 1, got {self.max_pixels}")
+        _require(self.max_side >= 1, f"max_side must be at least 1, got {self.max_side}")
+        _require(self.max_aspect >= 1, f"max_aspect must be at least 1, got {self.max_aspect}")
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """How the model is cut and where it runs.
+
+    `layers_per_stage` overrides the split by cost. `threads_per_stage` None divides the cluster's cores among the stages.
+    A microbatch holds at most `rows_per_microbatch` sequences and room for `kv_tokens_per_microbatch` tokens in the KV
+    cache; a step takes in prompts of about `prefill_tokens_per_step`. Time-outs in seconds.
+    """
+
+    stages: int = 1
+    replicas: int = 1
+    threads_per_stage: int | None = None
+    device: Device = "auto"
+    dtype: DType = "auto"
+    layers_per_stage: tuple[int, ...] | None = None
+    rows_per_microbatch: int = 32
+    kv_tokens_per_microbatch: int = 16_384
+    prefill_tokens_per_step: int = 8_192
+    placement_timeout_s: float = 600.0
+    start_timeout_s: float = 1800.0
+    step_timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        _require(self.stages >= 1, f"--stages must be at least 1, got {self.stages}")
+        _require(self.replicas >= 1, f"--replicas must be at least 1, got {self.replicas}")
+        _require(
+            self.threads_per_stage is None or self.threads_per_stage >= 1,
+            f"--threads-per-stage must be at least 1, got {self.threads_per_stage}",
+        )
+        _require(
+            self.layers_per_stage is None or len(self.layers_per_stage) == self.stages,
+            f"layers_per_stage has {len(self.layers_per_stage or ())} entries for {self.stages} stages: give one each",
+        )
+        _require(self.rows_per_microbatch >= 1, f"rows_per_microbatch must be positive, got {self.rows_per_microbatch}")
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """Where and how one stage runs. `device` is cpu or cuda, `dtype` float32 or bfloat16; nothing is "auto" here."""
+
+    model_dir: str
+    spec: StageSpec
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class CaptionConfig:
+    """A captioning job: parquet in, parquet out."""
+
+    model: str
+    inputs: tuple[str, ...]
+    output: str
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    images: ImageLimits = field(default_factory=ImageLimits)
+    rows_per_shard: int = 256
+    limit: int | None = None
+    columns: tuple[str, ...] | None = None
+    with_token_ids: bool = False
+    max_error_rate: float = 1.0
+    retry_failed: bool = False
+    address: str = "auto"
+
+    def __post_init__(self) -> None:
+        _require(bool(self.model), "--model is missing: give a Hugging Face model directory")
+        _require(bool(self.inputs), "--input is missing: give a parquet file, folder, glob or filesystem URI")
+        _require(bool(self.output), "--output is missing: give a folder")
+        _require(self.rows_per_shard >= 1, f"--rows-per-shard must be at least 1, got {self.rows_per_shard}")
+        _require(self.limit is None or self.limit >= 1, f"--limit must be at least 1, got {self.limit}: leave it out")
+        _require(0 <= self.max_error_rate <= 1, f"--max-error-rate must lie in [0, 1], got {self.max_error_rate}")

@@ -1,0 +1,226 @@
+"""Rows out of parquet files.
+
+Reading goes in small batches over a column chunk that is streamed, so that memory follows the file's pages and the size
+of a few rows, and not what a footer says. (A page is read whole. pyarrow's writer looks at a page's size only every
+`write_batch_size` values, 1024 unless told otherwise, so large images in a file that it wrote may share huge pages.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ray_ministral.data.columns import is_list
+from ray_ministral.data.files import locate
+from ray_ministral.data.shards import Shard
+from ray_ministral.errors import BadImageError, InputError, PromptError, RowError, TooLargeError
+
+READ_ROWS = 8
+"""Rows that are read at once: images are large, and a dictionary can hold one value of megabytes for every row."""
+CARRIED_ROWS = 256
+READ_BUFFER_BYTES = 1 << 20
+MAX_VALUE_BYTES = 128 << 20
+
+TextValue = str | int | float | bool | None
+
+
+@dataclass(frozen=True, eq=False)
+class SourceRow:
+    """One row as it was read: encoded images, the values for the prompt, or the error that came of reading it.
+
+    `row` counts within the row group. `images` is empty for a row with an empty list.
+    """
+
+    shard: Shard
+    row: int
+    images: tuple[bytes, ...]
+    texts: Mapping[str, TextValue]
+    error: RowError | None
+
+
+def iter_rows(
+    shards: Sequence[Shard],
+    *,
+    image_column: str,
+    text_columns: Sequence[str] = (),
+    batch_rows: int = READ_ROWS,
+    max_value_bytes: int = MAX_VALUE_BYTES,
+) -> Iterator[SourceRow]:
+    """The rows of `shards`, which lie in one row group in ascending order, read in one pass.
+
+    A null or missing image, a row whose images have more than `max_value_bytes` together and text that is not UTF-8
+    become the row's `error`. Raises InputError where the file cannot be read or has fewer rows than its footer says.
+    """
+    _require_one_row_group(shards)
+    first = shards[0]
+    columns = list(dict.fromkeys((image_column, *text_columns)))
+    pending = list(shards)
+    position = 0
+    for batch in _batches(first, columns, batch_rows, stop=shards[-1].stop):
+        for offset in range(batch.num_rows):
+            row = position + offset
+            while pending and row >= pending[0].stop:
+                pending.pop(0)
+            if not pending:
+                return
+            if row >= pending[0].start:
+                yield _source_row(pending[0], row, batch, offset, image_column, text_columns, max_value_bytes)
+        position += batch.num_rows
+    if position < shards[-1].stop:
+        raise _too_few_rows(first, position, shards[-1].stop)
+
+
+def _require_one_row_group(shards: Sequence[Shard]) -> None:
+    if not shards:
+        raise ValueError("no shards to read")
+    places = {(shard.location, shard.row_group) for shard in shards}
+    ascending = all(a.stop <= b.start for a, b in pairwise(shards))
+    if len(places) != 1 or not ascending:
+        raise ValueError(f"wanted ascending shards of one row group, got {[shard.part_name for shard in shards]}")
+
+
+@contextmanager
+def _reading(shard: Shard) -> Iterator[None]:
+    """Turns what pyarrow raises about a file into an InputError that names file and row group."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(
+            f"{shard.file}: row group {shard.row_group} cannot be read: {error}; check the file, or take it out of "
+            "--input"
+        ) from error
+
+
+def _batches(shard: Shard, columns: Sequence[str], batch_rows: int, *, stop: int) -> Iterator[pa.RecordBatch]:
+    """The shard's row group in batches of `batch_rows` rows, from its first row until row `stop` has been read."""
+    place = locate(shard.location)
+    with _reading(shard), place.filesystem.open_input_file(place.path) as source:
+        # A buffer makes Arrow stream a column chunk instead of holding it whole; pre_buffer would undo that.
+        parquet = pq.ParquetFile(source, pre_buffer=False, buffer_size=READ_BUFFER_BYTES)
+        if shard.row_group >= parquet.metadata.num_row_groups:
+            raise InputError(
+                f"{shard.file} has {parquet.metadata.num_row_groups} row groups, but had more when the job was "
+                "planned: it changed; start the job anew with another --output"
+            )
+        position = 0
+        for batch in parquet.iter_batches(
+            batch_size=batch_rows, row_groups=[shard.row_group], columns=list(columns), use_threads=False
+        ):
+            yield batch
+            position += batch.num_rows
+            if position >= stop:
+                return
+
+
+def _too_few_rows(shard: Shard, found: int, wanted: int) -> InputError:
+    return InputError(
+        f"{shard.file}: row group {shard.row_group} has {found} rows where {wanted} were planned: its footer is wrong, "
+        "or it changed while the job ran; write it anew and start with another --output"
+    )
+
+
+def _source_row(
+    shard: Shard,
+    row: int,
+    batch: pa.RecordBatch,
+    offset: int,
+    image_column: str,
+    text_columns: Sequence[str],
+    max_value_bytes: int,
+) -> SourceRow:
+    images: tuple[bytes, ...] = ()
+    texts: dict[str, TextValue] = {}
+    error: RowError | None = None
+    try:
+        for name in text_columns:
+            texts[name] = _text(batch.column(name)[offset], name, max_value_bytes)
+        images = _images(batch.column(image_column)[offset], image_column, max_value_bytes)
+    except RowError as failure:
+        error = failure
+    return SourceRow(shard=shard, row=row, images=images, texts=texts, error=error)
+
+
+def _text(scalar: pa.Scalar, column: str, max_value_bytes: int) -> TextValue:
+    if pa.types.is_dictionary(scalar.type):
+        scalar = scalar.value if scalar.is_valid else pa.scalar(None, type=scalar.type.value_type)
+    if not scalar.is_valid:
+        return None
+    if hasattr(scalar, "as_buffer") and (size := scalar.as_buffer().size) > max_value_bytes:
+        raise PromptError(
+            f"column {column!r} has {size} bytes of text, at most {max_value_bytes} are read", stage="read"
+        )
+    try:
+        value = scalar.as_py()
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"column {column!r} is not UTF-8: {error.reason} at byte {error.start}", stage="read"
+        ) from error
+    return value if isinstance(value, str | int | float | bool) else str(value)
+
+
+def _images(scalar: pa.Scalar, column: str, max_value_bytes: int) -> tuple[bytes, ...]:
+    """The encoded images of one value of the image column. Raises BadImageError, TooLargeError."""
+    if not scalar.is_valid:
+        raise BadImageError(f"column {column!r} is null", stage="read")
+    many = is_list(scalar.type)
+    scalars: Sequence[Any] = list(scalar.values) if many else [scalar]
+    buffers = []
+    for index, item in enumerate(scalars):
+        where = f"image {index} of column {column!r}" if many else f"column {column!r}"
+        buffers.append(_encoded(item, where))
+    size = sum(buffer.size for buffer in buffers)
+    if size > max_value_bytes:
+        raise TooLargeError(
+            f"column {column!r} has {size} bytes of encoded images, at most {max_value_bytes} are read", stage="read"
+        )
+    return tuple(buffer.to_pybytes() for buffer in buffers)
+
+
+def _encoded(scalar: pa.Scalar, where: str) -> pa.Buffer:
+    if not scalar.is_valid:
+        raise BadImageError(f"{where} is null", stage="read")
+    if pa.types.is_struct(scalar.type):
+        scalar = scalar["bytes"]
+        if not scalar.is_valid:
+            raise BadImageError(f"{where} has no bytes (a path alone is not followed)", stage="read")
+    if pa.types.is_dictionary(scalar.type):
+        scalar = scalar.value
+    return scalar.as_buffer()
+
+
+def read_columns(shard: Shard, columns: Sequence[str]) -> pa.Table:
+    """`columns` of the shard's rows, with the file's own types and field metadata, in the order asked for.
+
+    Raises InputError where the file cannot be read, has lost a column, or has fewer rows than were planned.
+    """
+    with _reading(shard):
+        place = locate(shard.location)
+        with place.filesystem.open_input_file(place.path) as source:
+            schema = pq.ParquetFile(source, pre_buffer=False).schema_arrow
+    lost = [name for name in columns if name not in schema.names]
+    if lost:
+        raise InputError(
+            f"{shard.file} has no columns {lost} any more: it changed; start the job anew with another --output"
+        )
+    fields = [schema.field(name) for name in columns]
+    if not fields:
+        return pa.table({})
+    pieces: list[pa.RecordBatch] = []
+    position = 0
+    for batch in _batches(shard, columns, CARRIED_ROWS, stop=shard.stop):
+        start, stop = max(shard.start - position, 0), min(shard.stop - position, batch.num_rows)
+        if start < stop:
+            # a dotted name can match inside another column, too, so the columns are picked out again by name
+            pieces.append(batch.select(list(columns)).slice(start, stop - start))
+        position += batch.num_rows
+    if position < shard.stop:
+        raise _too_few_rows(shard, position, shard.stop)
+    table = pa.Table.from_batches(pieces)
+    # batches do not carry the fields' metadata and nullability
+    return pa.Table.from_arrays(table.columns, schema=pa.schema(fields)).unify_dictionaries()

@@ -1,0 +1,139 @@
+"""Parts: the output file of a shard, with its carried-over columns and, beside them, what became of each row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ray_ministral.data.columns import output_fields
+from ray_ministral.data.files import Location, locate, write_atomically
+from ray_ministral.data.parquet import read_columns
+from ray_ministral.data.shards import Shard
+from ray_ministral.errors import InputError
+
+STATUS_COUNTS_KEY = b"ray_ministral.status_counts"
+
+
+class OutputRow(Protocol):
+    """What `write_part` needs to know of a row's result (`captioning.request.RowResult` has it)."""
+
+    @property
+    def row(self) -> int: ...
+    @property
+    def caption(self) -> str | None: ...
+    @property
+    def status(self) -> str: ...
+    @property
+    def error(self) -> str | None: ...
+    @property
+    def error_stage(self) -> str | None: ...
+    @property
+    def finish_reason(self) -> str | None: ...
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def image_tokens(self) -> int: ...
+    @property
+    def completion_tokens(self) -> int: ...
+    @property
+    def attempts(self) -> int: ...
+    @property
+    def token_ids(self) -> tuple[int, ...] | None: ...
+
+
+@dataclass(frozen=True)
+class PartInfo:
+    """A committed part: its name, size in bytes, and how many of its rows have which status."""
+
+    name: str
+    rows: int
+    status_counts: Mapping[str, int]
+    bytes: int
+
+    @property
+    def ok(self) -> int:
+        """Rows with a caption."""
+        return self.status_counts.get("ok", 0)
+
+    @property
+    def errors(self) -> int:
+        """Rows without one."""
+        return self.rows - self.ok
+
+
+def write_part(
+    shard: Shard,
+    results: Sequence[OutputRow],
+    *,
+    output: str,
+    carried_columns: Sequence[str],
+    with_token_ids: bool = False,
+) -> PartInfo:
+    """Writes the part of `shard` into the folder `output` (which exists): carried columns, then the results.
+
+    The carried columns are read again from the input and keep their types. `results` are in any order, exactly one for
+    each row; ValueError else, since that is a bug of the caller and no row may be lost or doubled. The part appears
+    under its final name whole or not at all; an older part of that name is replaced. Raises InputError where the input
+    cannot be read any more, OSError where the output cannot be written.
+    """
+    by_row = {result.row: result for result in results}
+    wanted = range(shard.start, shard.stop)
+    if len(by_row) != len(results) or by_row.keys() != set(wanted):
+        missing = sorted(set(wanted) - by_row.keys())
+        surplus = sorted(by_row.keys() - set(wanted))
+        raise ValueError(
+            f"{shard.part_name} wants one result for each of the rows {shard.start} up to {shard.stop}, got "
+            f"{len(results)} for {len(by_row)} rows; without a result: {missing[:5]}, not of this shard: {surplus[:5]}"
+        )
+    ordered = [by_row[row] for row in wanted]
+    carried = read_columns(shard, carried_columns)
+    own = _own_columns(shard, ordered, with_token_ids=with_token_ids)
+    counts: dict[str, int] = {}
+    for result in ordered:
+        counts[result.status] = counts.get(result.status, 0) + 1
+    fields = [*carried.schema, *output_fields(with_token_ids=with_token_ids)]
+    # Not the input's own metadata: what pandas and `datasets` note there about columns is not true of these columns.
+    schema = pa.schema(fields, metadata={STATUS_COUNTS_KEY: json.dumps(counts, sort_keys=True).encode()})
+    table = pa.Table.from_arrays([*carried.columns, *own], schema=schema)
+
+    def fill(stream: pa.NativeFile) -> None:
+        with pq.ParquetWriter(stream, schema, compression="zstd") as writer:
+            writer.write_table(table, row_group_size=max(1, table.num_rows))
+
+    size = write_atomically(locate(output), shard.part_name, fill)
+    return PartInfo(name=shard.part_name, rows=len(ordered), status_counts=counts, bytes=size)
+
+
+def read_part_info(folder: Location, name: str) -> PartInfo:
+    """What the footer of a committed part says. Raises InputError where it is no part of ours, or damaged."""
+    place = folder.child(name)
+    try:
+        with place.filesystem.open_input_file(place.path) as source:
+            size = int(source.size())
+            metadata = pq.ParquetFile(source, pre_buffer=False).metadata
+        rows = int(metadata.num_rows)
+        counts = {str(k): int(v) for k, v in json.loads((metadata.metadata or {})[STATUS_COUNTS_KEY]).items()}
+        if sum(counts.values()) != rows:
+            raise ValueError(f"it has {rows} rows, but counts {sum(counts.values())}")
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{place.name} is not a part that can be built on ({error}): delete it, and its rows are captioned again"
+        ) from error
+    return PartInfo(name=name, rows=rows, status_counts=counts, bytes=size)
+
+
+def _own_columns(shard: Shard, results: Sequence[OutputRow], *, with_token_ids: bool) -> list[pa.Array]:
+    values: dict[str, list[object]] = {
+        "source_file": [shard.file] * len(results),
+        "source_row_group": [shard.row_group] * len(results),
+        "source_row": [result.row for result in results],
+    }
+    return [
+        pa.array(values.get(field.name) or [getattr(result, field.name) for result in results], type=field.type)
+        for field in output_fields(with_token_ids=with_token_ids)
+    ]

@@ -1,0 +1,179 @@
+"""Which rows there are: input files cut into shards, the unit of reading, of output and of resuming.
+
+Only footers are read here, and only what a footer says about rows and types is used; that it is true is checked when
+the rows are read. Everything a user can mend about the input is refused here, before any model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ray_ministral.data.columns import check_columns, output_columns, plain_columns
+from ray_ministral.data.files import FoundFile, find_files
+from ray_ministral.errors import ConfigError, InputError
+
+FOOTERS_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A slice of one input row group: rows `start` up to `stop`, counted within the row group.
+
+    `file` is the input's name as people see it and as `source_file` has it; `location` is what a process elsewhere
+    opens (an absolute path or a URI, possibly with credentials: never shown, never written).
+    """
+
+    index: int
+    file: str
+    file_index: int
+    row_group: int
+    start: int
+    stop: int
+    location: str
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop:
+            raise ValueError(f"a shard needs at least one row, got rows {self.start} up to {self.stop}")
+
+    @property
+    def rows(self) -> int:
+        """How many rows it has."""
+        return self.stop - self.start
+
+    @property
+    def part_name(self) -> str:
+        """The name of its output file, which follows from its place alone."""
+        return f"part-{self.file_index:05d}-{self.row_group:05d}-{self.start:08d}.parquet"
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """An input file as its footer describes it: `size` in bytes (None where unknown), rows of each row group."""
+
+    name: str
+    size: int | None
+    row_group_rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """What a job reads: its shards in input order, all input files, and the columns that are carried over."""
+
+    shards: tuple[Shard, ...]
+    files: tuple[InputFile, ...]
+    carried_columns: tuple[str, ...]
+
+    @property
+    def rows(self) -> int:
+        """How many rows the job has, after `limit`."""
+        return sum(shard.rows for shard in self.shards)
+
+
+def plan_shards(
+    inputs: Sequence[str],
+    *,
+    rows_per_shard: int,
+    limit: int | None = None,
+    image_column: str = "image",
+    text_columns: Sequence[str] = (),
+    columns: Sequence[str] | None = None,
+    with_token_ids: bool = False,
+) -> ShardPlan:
+    """Cuts `inputs` (files, folders, globs, URIs) into shards of at most `rows_per_shard` rows.
+
+    Files are sorted by name and taken once each; shards follow files, row groups and rows, and never cross a row
+    group. `limit` keeps the first so many rows of all. `text_columns` are those that the prompt needs, `columns` those
+    that are carried over: None means all but the image.
+
+    Raises InputError for a file that is missing or not parquet, a column that is missing or of a type that cannot be
+    used, files that do not have the same columns (where `columns` is None), and a carried column that is called like
+    one of the output's own.
+    """
+    if rows_per_shard < 1:
+        raise ConfigError(f"--rows-per-shard must be at least 1, got {rows_per_shard}")
+    found = find_files(inputs)
+    with ThreadPoolExecutor(max_workers=FOOTERS_AT_ONCE) as pool:
+        footers = list(pool.map(_read_footer, found))
+    carried = _carried_columns(
+        found, footers, image_column=image_column, columns=columns, with_token_ids=with_token_ids
+    )
+    for file, (schema, _) in zip(found, footers, strict=True):
+        check_columns(file.place.name, schema, image=image_column, texts=text_columns, carried=carried)
+
+    shards: list[Shard] = []
+    left = limit
+    for file_index, (file, (_, group_rows)) in enumerate(zip(found, footers, strict=True)):
+        for row_group, rows in enumerate(group_rows):
+            taken = rows if left is None else min(rows, left)
+            left = None if left is None else left - taken
+            for start in range(0, taken, rows_per_shard):
+                shards.append(
+                    Shard(
+                        index=len(shards),
+                        file=file.place.name,
+                        file_index=file_index,
+                        row_group=row_group,
+                        start=start,
+                        stop=min(start + rows_per_shard, taken),
+                        location=file.place.location,
+                    )
+                )
+    files = tuple(
+        InputFile(name=file.place.name, size=file.size, row_group_rows=group_rows)
+        for file, (_, group_rows) in zip(found, footers, strict=True)
+    )
+    return ShardPlan(shards=tuple(shards), files=files, carried_columns=carried)
+
+
+def _read_footer(file: FoundFile) -> tuple[pa.Schema, tuple[int, ...]]:
+    """The schema of a file and the rows of each of its row groups. Raises InputError."""
+    try:
+        with file.place.filesystem.open_input_file(file.place.path) as source:
+            parquet = pq.ParquetFile(source, pre_buffer=False)
+            metadata = parquet.metadata
+            rows = tuple(int(metadata.row_group(index).num_rows) for index in range(metadata.num_row_groups))
+            schema = parquet.schema_arrow
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise InputError(
+            f"{file.place.name} cannot be read as a parquet file: {error}; take it out of --input (a folder stands for "
+            "all its files; a glob such as folder/*.parquet chooses)"
+        ) from error
+    if any(count < 0 for count in rows):
+        raise InputError(
+            f"{file.place.name} has a damaged footer: a row group with {min(rows)} rows; write the file anew"
+        )
+    return schema, rows
+
+
+def _carried_columns(
+    found: Sequence[FoundFile],
+    footers: Sequence[tuple[pa.Schema, tuple[int, ...]]],
+    *,
+    image_column: str,
+    columns: Sequence[str] | None,
+    with_token_ids: bool,
+) -> tuple[str, ...]:
+    """The columns that are carried over, in the order of the option, or of the first file. Raises InputError."""
+    if columns is not None:
+        carried = tuple(dict.fromkeys(columns))
+    else:
+        first = footers[0][0].names
+        for file, (schema, _) in zip(found, footers, strict=True):
+            if set(schema.names) != set(first):
+                raise InputError(
+                    f"{file.place.name} has the columns {sorted(schema.names)}, but {found[0].place.name} has "
+                    f"{sorted(first)}: name the ones to carry over with --columns, or caption them in two jobs"
+                )
+        carried = tuple(name for name in first if name != image_column)
+    taken = sorted(set(carried) & set(output_columns(with_token_ids=with_token_ids)))
+    if taken:
+        raise InputError(
+            f"the input has columns called {taken}, as the output's own are: choose the ones to carry over with "
+            f"--columns (such as {plain_columns(carried, taken)}), or rename them"
+        )
+    return carried

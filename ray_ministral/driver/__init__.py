@@ -1,0 +1,1 @@
+"""The main loops and everything that decides: the only part of the package that knows Ray."""

@@ -1,0 +1,395 @@
+"""`Captioner`: the main loop of a captioning job. Rows are prepared ahead, stepped through the pipelines, written in parts.
+
+It holds references, row keys and token ids; never an image or an activation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections import deque
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from ray_ministral.captioning.batching import BatchScheduler, Finished, Request
+from ray_ministral.captioning.plan import StepPlan
+from ray_ministral.captioning.prompts import PromptTokenizer
+from ray_ministral.captioning.request import OK, PreparedRow, RowFailure, RowResult
+from ray_ministral.config import CaptionConfig
+from ray_ministral.data.shards import Shard
+from ray_ministral.driver import tasks
+from ray_ministral.driver.cluster import Resolved, connected, resolve
+from ray_ministral.driver.feeder import Feeder, Prepared
+from ray_ministral.driver.job import CaptionJob
+from ray_ministral.driver.parts import PartTracker
+from ray_ministral.driver.pipeline import Pipeline, describe_error, root_cause
+from ray_ministral.driver.progress import Progress
+from ray_ministral.driver.stage_actor import stage_actor_class
+from ray_ministral.driver.summary import CaptionSummary
+from ray_ministral.errors import ClusterError, RayMinistralError, StageDiedError, TooManyErrorsError
+
+logger = logging.getLogger(__name__)
+
+WAIT_S = 1.0
+"""Longest wait for an event before progress is shown again."""
+
+MAX_ATTEMPTS = 2
+"""A row whose step failed is tried once more, with a microbatch to itself."""
+
+
+def caption(config: CaptionConfig, *, stage_actor: Any = None) -> CaptionSummary:
+    """Run a captioning job to its end.
+
+    `stage_actor` is the actor class of the stages, the package's own by default. Raises `UsageError` for what the
+    caller can mend, `TooManyErrorsError`, `ClusterError`; the same call goes on where a stopped one has committed.
+    """
+    return Captioner(config, stage_actor=stage_actor).run()
+
+
+def describe(config: CaptionConfig) -> str:
+    """What `caption` would do, for people; starts and writes nothing. Raises `UsageError` as `caption` does."""
+    return CaptionJob.plan_job(config, create=False).describe()
+
+
+@dataclass(eq=False)
+class Replica:
+    """A pipeline, what is scheduled on it, and the steps in flight by the reference to their tokens."""
+
+    pipeline: Pipeline
+    scheduler: BatchScheduler
+    in_flight: dict[Any, StepPlan] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RowKey:
+    """What a request's result is filed under, and what the driver keeps about its prompt."""
+
+    shard_index: int
+    row: int
+    images: int
+    image_tokens: int
+
+
+class Captioner:
+    """One captioning job."""
+
+    def __init__(self, config: CaptionConfig, *, stage_actor: Any = None) -> None:
+        self.config = config
+        self._actor_class = stage_actor
+        self._clock = _Clock()
+
+    def run(self) -> CaptionSummary:
+        """Plan, start, loop until every part is committed, clean up; see `caption`."""
+        job = CaptionJob.plan_job(self.config)
+        self._clock.lap("plan")
+        if job.finished is not None:
+            logger.info("%s is finished already: nothing to do", job.ledger.output)
+            return job.finished
+        with ExitStack() as stack:
+            self._job, self._tokenizer = job, job.tokenizer
+            self._tracker = PartTracker(job.plan.shards, job.committed)
+            self._writes: dict[Any, int] = {}
+            done_rows = job.plan.rows - sum(shard.rows for shard in self._tracker.pending.values())
+            progress = self._progress = stack.enter_context(Progress(job.plan.rows, done_rows))
+            stack.enter_context(connected(self.config.address, self.config.pipeline))
+            self._clock.lap("cluster")
+            self._feeder = Feeder(self._tracker.pending.values(), self._start_prepare)
+            self._chunks: deque[Prepared] = deque()
+            self._replicas = self._start_replicas(stack)
+            self._progress_at = time.monotonic()
+            while not self._tracker.done:
+                self._admit()
+                self._launch()
+                self._handle_events()
+                progress.update(**vars(self._tracker.totals))
+            summary = self._summary()
+        job.ledger.finish(summary.to_json())
+        return summary
+
+    # Starting
+
+    def _start_replicas(self, stack: ExitStack) -> list[Replica]:
+        config = self.config.pipeline
+        self._resolved = resolved = resolve(config)
+        pipelines: list[Pipeline] = []
+        for index in range(config.replicas):
+            pipeline = Pipeline.start(
+                f"replica {index}",
+                model_dir=self._job.model_dir,
+                partition=self._job.partition,
+                config=config,
+                resolved=resolved,
+                sampling=self.config.sampling,
+                actor_class=self._actor_class or stage_actor_class(),
+                announce=self._progress.message,
+            )
+            stack.callback(pipeline.close)
+            pipelines.append(pipeline)
+        self._clock.lap("placement")
+        for pipeline in pipelines:
+            pipeline.wait_ready(config.start_timeout_s, self._progress.message)
+        slowest = max((r for p in pipelines for r in p.reports), key=lambda r: r.import_seconds + r.load_seconds)
+        self._clock.lap("stages", imports=slowest.import_seconds, weights=slowest.load_seconds)
+        return [Replica(pipeline, self._scheduler()) for pipeline in pipelines]
+
+    def _scheduler(self) -> BatchScheduler:
+        config = self.config.pipeline
+        return BatchScheduler(
+            microbatches=config.stages + 1,
+            rows_per_microbatch=config.rows_per_microbatch,
+            kv_tokens_per_microbatch=config.kv_tokens_per_microbatch,
+            prefill_tokens_per_step=config.prefill_tokens_per_step,
+            finish_check=self._job.finish_check,
+        )
+
+    def _start_prepare(self, shards: Any) -> Any:
+        job, config = self._job, self.config
+        return tasks.start_prepare(shards, job.model_dir, config.prompt, config.images, job.max_prompt_tokens)
+
+    # The loop: admit rows, launch steps, handle what comes back
+
+    def _admit(self) -> None:
+        """Hand prepared rows to the replica with most room, as long as one has any."""
+        while True:
+            replica = max(self._replicas, key=lambda replica: replica.scheduler.room)
+            if not replica.scheduler.room:
+                return
+            prepared = self._feeder.take()
+            if prepared is None:
+                return
+            for index, row in enumerate(prepared.chunk.rows):
+                self._admit_row(replica, prepared, index, row)
+
+    def _admit_row(self, replica: Replica, prepared: Prepared, index: int, row: PreparedRow) -> None:
+        shard_index = prepared.chunk.shard_index
+        if row.token_ids is None:
+            assert row.failure is not None
+            self._file(shard_index, _failed(row.row, row.failure))
+            return
+        self._clock.first_admission()
+        images = self._job.image_tokens(row.image_sizes)
+        request = Request(
+            key=RowKey(shard_index, row.row, len(row.image_sizes), images),
+            token_ids=row.token_ids,
+            max_new_tokens=self.config.sampling.max_new_tokens,
+            sample_key=sample_key(self._job.plan.shards[shard_index], row.row),
+            pixels=(prepared.pixels, index) if row.image_sizes else None,
+        )
+        replica.scheduler.add(request)
+
+    def _launch(self) -> None:
+        for replica in self._replicas:
+            for launch in replica.scheduler.launches():
+                replica.in_flight[replica.pipeline.submit(launch)] = launch.plan
+
+    def _handle_events(self) -> None:
+        """Wait for whatever comes first: tokens, a chunk, a written part."""
+        steps = {reference: replica for replica in self._replicas for reference in replica.in_flight}
+        waitables = [*steps, *self._writes]
+        if any(replica.scheduler.room for replica in self._replicas) and self._feeder.waitable() is not None:
+            waitables.append(self._feeder.waitable())
+        if not waitables:
+            assert self._tracker.done, "rows are missing, and nothing is under way that could bring them"
+            return
+        ready, _ = ray.wait(waitables, num_returns=1, timeout=WAIT_S, fetch_local=False)
+        if not ready:
+            self._check_for_hang()
+            return
+        self._progress_at = time.monotonic()
+        for reference in ready:
+            if reference in steps:
+                self._step_done(steps[reference], reference)
+            elif reference in self._writes:
+                self._write_done(reference)
+
+    def _step_done(self, replica: Replica, reference: Any) -> None:
+        plan = replica.in_flight.pop(reference)
+        try:
+            tokens: np.ndarray = ray.get(reference)
+        except RayTaskError as error:
+            self._step_failed(replica, plan, error)
+            return
+        except RayActorError as error:
+            raise StageDiedError(f"{replica.pipeline.name}: a stage died: {str(error).strip()}") from error
+        except RayError as error:
+            raise ClusterError(f"{replica.pipeline.name}: a step was lost: {describe_error(error)}") from error
+        for finished in replica.scheduler.complete(plan, tokens):
+            self._file(finished.request.key.shard_index, self._captioned(finished), finished.request.key.images)
+
+    def _step_failed(self, replica: Replica, plan: StepPlan, error: RayTaskError) -> None:
+        """The model refused a step: its rows are tried again one by one, and then given up one by one."""
+        cause = root_cause(error)
+        if isinstance(cause, RayActorError):
+            raise StageDiedError(f"{replica.pipeline.name}: a stage died: {str(cause).strip()}") from error
+        logger.warning("%s: step %d failed: %s", replica.pipeline.name, plan.step, describe_error(error))
+        stage = "prefill" if plan.prefills else "decode_token"
+        for request in replica.scheduler.fail(plan):
+            if request.attempts < MAX_ATTEMPTS:
+                request.attempts += 1
+                request.alone = True
+                replica.scheduler.add(request)
+            else:
+                key: RowKey = request.key
+                failure = RowFailure("engine_error", describe_error(error), stage)
+                self._file(key.shard_index, _failed(key.row, failure, request.attempts), key.images)
+
+    def _captioned(self, finished: Finished) -> RowResult:
+        request, key = finished.request, finished.request.key
+        return RowResult(
+            row=key.row,
+            caption=self._job.caption_of(request.generated),
+            status=OK,
+            error=None,
+            error_stage=None,
+            finish_reason=finished.finish_reason,
+            prompt_tokens=len(request.token_ids),
+            image_tokens=key.image_tokens,
+            completion_tokens=len(request.generated),
+            attempts=request.attempts,
+            token_ids=tuple(request.generated) if self.config.with_token_ids else None,
+        )
+
+    def _file(self, shard_index: int, result: RowResult, images: int = 0) -> None:
+        """Note a row's result; start writing the part if its shard is whole."""
+        results = self._tracker.add(shard_index, result, images)
+        limit = self.config.max_error_rate * self._job.plan.rows
+        errors = self._tracker.totals.errors
+        if errors > limit:
+            raise TooManyErrorsError(
+                f"{errors} of {self._job.plan.rows} rows failed, more than --max-error-rate {self.config.max_error_rate:g} "
+                f"allows; the last one, row {result.row} of row group {self._job.plan.shards[shard_index].row_group} of "
+                f"{self._job.plan.shards[shard_index].file}: {result.status}: {result.error}"
+            )
+        if results is not None:
+            shard = self._job.plan.shards[shard_index]
+            reference = tasks.write.remote(
+                shard,
+                results,
+                self._job.ledger.output,
+                self._job.plan.carried_columns,
+                self.config.with_token_ids,
+            )
+            self._writes[reference] = shard_index
+
+    def _write_done(self, reference: Any) -> None:
+        shard_index = self._writes.pop(reference)
+        try:
+            info = ray.get(reference)
+        except RayError as error:
+            cause = root_cause(error)
+            if isinstance(cause, RayMinistralError):
+                raise cause from None
+            shard = self._job.plan.shards[shard_index]
+            raise ClusterError(f"{shard.part_name} cannot be written: {describe_error(error)}") from error
+        self._tracker.committed(shard_index, info)
+        self._clock.last_commit()
+
+    def _check_for_hang(self) -> None:
+        """Nothing has happened for a while. Within the time-out that is slow, beyond it hung."""
+        silent = time.monotonic() - self._progress_at
+        if silent < self.config.pipeline.step_timeout_s:
+            return
+        stuck = [
+            f"stage {index} of {replica.pipeline.name}"
+            for replica in self._replicas
+            for index in replica.pipeline.unresponsive()
+        ]
+        raise StageDiedError(
+            f"nothing has come back for {silent:.0f} s; not answering: {', '.join(stuck) or 'none, so a step hangs'}. "
+            "Raise step_timeout_s if a step can take so long"
+        )
+
+    # The end
+
+    def _summary(self) -> CaptionSummary:
+        counts = dict(sorted(self._tracker.status_counts.items()))
+        totals, clock, config = self._tracker.totals, self._clock, self.config.pipeline
+        seconds = clock.working_seconds
+        busy = np.mean([replica.pipeline.busy_seconds() for replica in self._replicas], axis=0)
+        return CaptionSummary(
+            rows=sum(counts.values()),
+            ok=counts.get(OK, 0),
+            errors=sum(counts.values()) - counts.get(OK, 0),
+            seconds=clock.seconds,
+            startup_seconds=clock.startup_seconds,
+            images_per_second=totals.images / seconds if seconds else 0.0,
+            generated_tokens_per_second=totals.tokens / seconds if seconds else 0.0,
+            stages=config.stages,
+            replicas=config.replicas,
+            stage_busy=[float(b) / seconds if seconds else 0.0 for b in busy],
+            recoveries=0,
+            output=self._job.ledger.output,
+            status_counts=counts,
+            startup=clock.laps,
+        )
+
+
+def sample_key(shard: Shard, row: int) -> int:
+    """uint64 that keys a row's random numbers: a hash of its place, whatever the job reads besides."""
+    place = f"{shard.file}\0{shard.row_group}\0{row}".encode()
+    return int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "little")
+
+
+def _failed(row: int, failure: RowFailure, attempts: int = 1) -> RowResult:
+    return RowResult(
+        row=row,
+        caption=None,
+        status=failure.status,
+        error=failure.error,
+        error_stage=failure.stage,
+        finish_reason=None,
+        prompt_tokens=0,
+        image_tokens=0,
+        completion_tokens=0,
+        attempts=attempts,
+        token_ids=None,
+    )
+
+
+class _Clock:
+    """Where the time of a job goes; all in seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = self._lap = time.monotonic()
+        self._first: float | None = None
+        self._last: float | None = None
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str, **of_which: float) -> None:
+        """The time since the last lap went to `name`, of which some to named parts."""
+        now = time.monotonic()
+        self.laps[name] = now - self._lap
+        self._lap = now
+        for part, seconds in of_which.items():
+            self.laps[f"{name}: {part}"] = seconds
+
+    def first_admission(self) -> None:
+        """The first row has entered the pipeline."""
+        if self._first is None:
+            self._first = time.monotonic()
+            self.lap("first rows")
+
+    def last_commit(self) -> None:
+        """A part was committed just now."""
+        self._last = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        return time.monotonic() - self._start
+
+    @property
+    def startup_seconds(self) -> float:
+        """Until the first admission, or so far."""
+        return self.seconds if self._first is None else self._first - self._start
+
+    @property
+    def working_seconds(self) -> float:
+        """From the first admission to the last commit."""
+        return 0.0 if self._first is None or self._last is None else self._last - self._first

@@ -1,0 +1,200 @@
+"""`Pipeline`: the live stages of one replica. Starts them, hands steps through them, and always takes them away again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ray_ministral.captioning.batching import Launch
+from ray_ministral.config import PipelineConfig, SamplingConfig, StageOptions
+from ray_ministral.driver.cluster import Resolved
+from ray_ministral.driver.stage_actor import LoadReport, StageStatus
+from ray_ministral.errors import PlacementError, RayMinistralError, StageDiedError
+from ray_ministral.pipeline.partition import Partition
+
+ANNOUNCE_EVERY_S = 5.0
+STATUS_TIMEOUT_S = 0.5  # for a line of progress
+BUSY_TIMEOUT_S = 5.0
+HEALTH_TIMEOUT_S = 15.0  # a stage that does not answer for so long is taken for hung
+
+Announce = Callable[[str], None]
+
+
+class Pipeline:
+    """One replica: an actor for each stage, in one placement group. `generation` grows with each rebuild."""
+
+    def __init__(self, name: str, group: PlacementGroup, actors: list[Any], generation: int) -> None:
+        self.name = name
+        self.generation = generation
+        self._group = group
+        self._actors = actors
+        self._loads: list[Any] = []
+        self.reports: list[LoadReport] = []
+
+    @classmethod
+    def start(
+        cls,
+        name: str,
+        *,
+        model_dir: str,
+        partition: Partition,
+        config: PipelineConfig,
+        resolved: Resolved,
+        sampling: SamplingConfig,
+        actor_class: Any,
+        announce: Announce,
+        generation: int = 0,
+    ) -> Pipeline:
+        """Reserve room for all stages, start their actors and let them load, in parallel; `wait_ready` waits for them.
+
+        Raises `PlacementError` where the cluster has no room within `config.placement_timeout_s`.
+        """
+        group = placement_group([resolved.bundle] * len(partition.stages), strategy="PACK")
+        pipeline = cls(name, group, [], generation)
+        try:
+            _wait_for_room(name, group, resolved, len(partition.stages), config.placement_timeout_s, announce)
+            for index, spec in enumerate(partition.stages):
+                options = StageOptions(model_dir, spec, resolved.device, resolved.dtype, resolved.threads)
+                actor = actor_class.options(
+                    num_cpus=resolved.threads,
+                    num_gpus=1 if resolved.device == "cuda" else 0,
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+                    runtime_env={
+                        "env_vars": {
+                            "OMP_NUM_THREADS": str(resolved.threads),
+                            # Spinning threads of one stage would take the cores of the others.
+                            "OMP_WAIT_POLICY": "PASSIVE",
+                        }
+                    },
+                ).remote(options, sampling)
+                pipeline._actors.append(actor)
+            pipeline._loads = [actor.load.remote() for actor in pipeline._actors]
+        except BaseException:
+            pipeline.close()
+            raise
+        return pipeline
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of this replica."""
+        return len(self._actors)
+
+    def wait_ready(self, timeout_s: float, announce: Announce) -> None:
+        """Wait until all stages have their weights; says every few seconds what each is doing.
+
+        Raises the stage's own error where it refuses the model, `StageDiedError` where it dies or takes too long.
+        """
+        deadline = time.monotonic() + timeout_s
+        pending = list(self._loads)
+        while pending:
+            _, pending = ray.wait(pending, num_returns=len(pending), timeout=ANNOUNCE_EVERY_S)
+            self._raise_failed_loads()
+            if not pending:
+                break
+            statuses = self._ask("status", STATUS_TIMEOUT_S)
+            shown = ", ".join(_describe(index, status) for index, status in enumerate(statuses))
+            announce(f"{self.name}: waiting for {len(pending)} of {self.num_stages} stages: {shown}")
+            if time.monotonic() > deadline:
+                raise StageDiedError(
+                    f"{self.name}: stages were not ready after {timeout_s:.0f} s ({shown}): look at their logs, or raise "
+                    "start_timeout_s for very slow storage"
+                )
+        self.reports = ray.get(self._loads)
+
+    def submit(self, launch: Launch) -> Any:
+        """Send a step through all stages; returns the reference to the sampled token ids."""
+        first, *others = self._actors
+        result = first.step.remote(launch.plan, None, *launch.blocks)
+        if others:
+            plan = launch.plan.without_token_ids()
+            for actor in others:
+                result = actor.step.remote(plan, result)
+        return result
+
+    def busy_seconds(self) -> list[float]:
+        """Seconds that each stage has spent in steps; 0 for one that does not answer."""
+        return [0.0 if seconds is None else seconds for seconds in self._ask("busy_seconds", BUSY_TIMEOUT_S)]
+
+    def unresponsive(self) -> list[int]:
+        """Stages whose health group does not answer."""
+        return [index for index, status in enumerate(self._ask("status", HEALTH_TIMEOUT_S)) if status is None]
+
+    def close(self) -> None:
+        """End the actors and give the room back. Never raises: it runs while something else is being raised."""
+        for actor in self._actors:
+            with suppress(Exception):
+                ray.kill(actor, no_restart=True)
+        with suppress(Exception):
+            remove_placement_group(self._group)
+
+    def _ask(self, method: str, timeout_s: float) -> list[Any]:
+        """What each stage answers within the time; None for one that does not, or that is dead."""
+        answers = [getattr(actor, method).remote() for actor in self._actors]
+        ray.wait(answers, num_returns=len(answers), timeout=timeout_s)
+        return [_value(answer) for answer in answers]
+
+    def _raise_failed_loads(self) -> None:
+        for index, load in enumerate(self._loads):
+            ready, _ = ray.wait([load], timeout=0)
+            if ready:
+                try:
+                    ray.get(load)
+                except RayTaskError as error:
+                    cause = root_cause(error)
+                    if isinstance(cause, RayMinistralError):
+                        raise cause from None
+                    raise StageDiedError(f"{self.name}: stage {index} cannot load: {describe_error(error)}") from error
+                except RayActorError as error:
+                    raise StageDiedError(f"{self.name}: stage {index} died while it started: {error}") from error
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """What was raised in the actor: under Ray's wrapper there may be another, when a stage got a failed input."""
+    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+        error = error.cause
+    return error
+
+
+def describe_error(error: BaseException) -> str:
+    """Type and first line of the root cause."""
+    cause = root_cause(error)
+    lines = str(cause).strip().splitlines() or [""]
+    return f"{type(cause).__name__}: {lines[0]}"
+
+
+def _value(answer: Any) -> Any:
+    try:
+        return ray.get(answer, timeout=0)
+    except (GetTimeoutError, RayError):
+        return None
+
+
+def _describe(index: int, status: StageStatus | None) -> str:
+    if status is None:
+        return f"stage {index} not up yet"
+    if status.total_bytes:
+        return f"stage {index} {status.phase} ({status.loaded_bytes / 1e6:.0f} of {status.total_bytes / 1e6:.0f} MB)"
+    return f"stage {index} {status.phase}"
+
+
+def _wait_for_room(
+    name: str, group: PlacementGroup, resolved: Resolved, stages: int, timeout_s: float, announce: Announce
+) -> None:
+    needs = f"{stages} x {', '.join(f'{amount:g} {kind}' for kind, amount in resolved.bundle.items())}"
+    deadline = time.monotonic() + timeout_s
+    while not group.wait(timeout_seconds=min(ANNOUNCE_EVERY_S, timeout_s)):
+        free, has = ray.available_resources(), ray.cluster_resources()
+        offers = ", ".join(f"{free.get(kind, 0):g} of {has.get(kind, 0):g} {kind} free" for kind in resolved.bundle)
+        if time.monotonic() > deadline:
+            raise PlacementError(
+                f"{name}: no room for {needs} within {timeout_s:.0f} s; the cluster has {offers}: use fewer --stages, "
+                "--replicas or --threads-per-stage, or add nodes"
+            )
+        announce(f"{name}: waiting for room for {needs}; the cluster has {offers}")

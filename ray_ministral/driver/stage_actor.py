@@ -1,0 +1,101 @@
+"""The thin Ray skin around a `CaptionStage`: when it imports, what it is asked while it works, which resources it has.
+
+`StageActor` is a plain class that imports nothing heavy until `load`; `stage_actor_class` makes it remote. The driver
+uses it by default, `actors/` hands the same thing to the command line.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray
+
+from ray_ministral.captioning.plan import StepPlan
+from ray_ministral.captioning.request import Pixels
+from ray_ministral.config import SamplingConfig, StageOptions
+
+if TYPE_CHECKING:
+    from ray_ministral.captioning.stage import CaptionStage
+
+HEALTH = "health"
+"""Concurrency group of calls that answer while the stage computes."""
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """Where a stage is: `phase` is starting, importing, loading or ready; bytes of its weights read so far."""
+
+    phase: str
+    loaded_bytes: int = 0
+    total_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a stage's start cost: seconds for imports and for weights, bytes of its parameters and of its process."""
+
+    pid: int
+    node_id: str
+    import_seconds: float
+    load_seconds: float
+    parameter_bytes: int
+    peak_rss_bytes: int
+
+
+class StageActor:
+    """One stage of one pipeline, in a process of its own."""
+
+    def __init__(self, options: StageOptions, sampling: SamplingConfig) -> None:
+        self._options = options
+        self._sampling = sampling
+        self._status = StageStatus("starting")
+        self._stage: CaptionStage | None = None
+
+    def load(self) -> LoadReport:
+        """Import torch and megatron, read this stage's weights."""
+        self._status = StageStatus("importing")
+        started = time.perf_counter()
+        from ray_ministral.captioning.stage import CaptionStage
+
+        imported = time.perf_counter()
+        self._stage = CaptionStage(self._options, self._sampling)
+        load_seconds = self._stage.load(self._loading)
+        memory = self._stage.memory()
+        self._status = StageStatus("ready", memory["parameters"], memory["parameters"])
+        return LoadReport(
+            pid=os.getpid(),
+            node_id=ray.get_runtime_context().get_node_id(),
+            import_seconds=imported - started,
+            load_seconds=load_seconds,
+            parameter_bytes=memory["parameters"],
+            peak_rss_bytes=memory["peak_rss"],
+        )
+
+    def _loading(self, done: int, total: int) -> None:
+        self._status = StageStatus("loading", done, total)
+
+    def step(self, plan: StepPlan, hidden: np.ndarray | None, *blocks: Pixels) -> np.ndarray:
+        """See `CaptionStage.step`."""
+        assert self._stage is not None, "load() comes first"
+        return self._stage.step(plan, hidden, *blocks)
+
+    @ray.method(concurrency_group=HEALTH)  # type: ignore[untyped-decorator]
+    def status(self) -> StageStatus:
+        """Answers at once, whatever the stage is doing."""
+        return self._status
+
+    @ray.method(concurrency_group=HEALTH)  # type: ignore[untyped-decorator]
+    def busy_seconds(self) -> float:
+        """Seconds spent in steps so far."""
+        return 0.0 if self._stage is None else self._stage.busy_seconds
+
+
+def stage_actor_class() -> Any:
+    """`StageActor` as a Ray actor class. No restarts and no retries of Ray's own: the driver decides what a death means."""
+    return ray.remote(
+        num_cpus=0, max_restarts=0, max_task_retries=0, concurrency_groups={HEALTH: 1}
+    )(StageActor)

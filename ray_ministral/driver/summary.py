@@ -1,0 +1,90 @@
+"""What a captioning job did, in numbers: `summary.json` and the table at the end.
+
+Knows neither Ray nor files; the captioner fills it, the ledger writes it, the command line prints it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class CaptionSummary:
+    """The figures of one captioning job.
+
+    Attributes:
+        rows: input rows that have an output row, those of earlier attempts at the same job included.
+        ok, errors: how `rows` divides.
+        seconds: wall clock of this run, from the call to the last commit.
+        startup_seconds: of these, until the first row was admitted to the pipeline.
+        images_per_second, generated_tokens_per_second: of this run, from the first admission to the last commit;
+            0 when it had nothing left to do.
+        stages, replicas: of the pipeline as it was at the end.
+        stage_busy: for each stage the fraction of that time, 0 to 1, in which it computed.
+        recoveries: how often a pipeline was rebuilt.
+        output: the output folder.
+        status_counts: rows of each `status`.
+        startup: what start-up was spent on, in seconds, in order.
+    """
+
+    rows: int
+    ok: int
+    errors: int
+    seconds: float
+    startup_seconds: float
+    images_per_second: float
+    generated_tokens_per_second: float
+    stages: int
+    replicas: int
+    stage_busy: list[float]
+    recoveries: int
+    output: str
+    status_counts: dict[str, int] = field(default_factory=dict)
+    startup: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # The summary is what people believe: better no summary than one that does not add up.
+        if self.ok + self.errors != self.rows:
+            raise ValueError(f"{self.ok} rows ok and {self.errors} errors do not make {self.rows} rows")
+        if self.status_counts and sum(self.status_counts.values()) != self.rows:
+            raise ValueError(f"the counts of each status, {self.status_counts}, do not make {self.rows} rows")
+
+    def to_json(self) -> dict[str, object]:
+        """The content of `summary.json`: plain numbers, strings, lists and dictionaries."""
+        return asdict(self)
+
+
+def as_table(summary: CaptionSummary) -> Table:
+    """The summary for people, as a two-column table."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="Captioning", box=box.SIMPLE_HEAD, show_header=False, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    # Folding keeps a long output path whole: it is there to be copied.
+    table.add_column(overflow="fold")
+    for name, value in _lines(summary):
+        # Text, not str: a bracket in a path is no markup.
+        table.add_row(name, Text(value))
+    return table
+
+
+def _lines(summary: CaptionSummary) -> Iterator[tuple[str, str]]:
+    yield "rows", f"{summary.rows}: {summary.ok} ok, {summary.errors} errors"
+    failed = {status: count for status, count in summary.status_counts.items() if status != "ok" and count}
+    if failed:
+        yield "errors", ", ".join(f"{status} {count}" for status, count in sorted(failed.items()))
+    yield "time", f"{summary.seconds:.1f} s, of which start-up {summary.startup_seconds:.1f} s"
+    if summary.startup:
+        yield "start-up", ", ".join(f"{step} {seconds:.1f} s" for step, seconds in summary.startup.items())
+    yield "speed", f"{summary.images_per_second:.2f} images/s, {summary.generated_tokens_per_second:.1f} tokens/s"
+    yield "pipeline", f"{summary.stages} stages, {summary.replicas} replicas, {summary.recoveries} recoveries"
+    if summary.stage_busy:
+        yield "stages busy", ", ".join(f"{fraction:.0%}" for fraction in summary.stage_busy)
+    yield "output", summary.output

@@ -1,0 +1,140 @@
+"""The decoder chunk, built from Megatron-core. With `attention`, the only place that knows megatron's API.
+
+megatron-core 0.16 to 0.19: `GPTModel` from the local layer spec with our own core attention; RoPE happens there, so
+Megatron's own position embedding is off. Groups of one process each stand for tensor and context parallelism.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import distributed
+
+with warnings.catch_warnings():
+    # megatron-core says on import that Transformer Engine and Apex are absent: they are CUDA extensions we don't use.
+    warnings.simplefilter("ignore")
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+from ray_ministral.config import StageSpec
+from ray_ministral.model.architecture import Architecture
+from ray_ministral.model.attention import PackedAttention, PackedAttentionParams
+
+if TYPE_CHECKING:
+    from transformers import Mistral3Config
+
+
+def transformer_config(config: Mistral3Config, stage: StageSpec, dtype: torch.dtype) -> Any:
+    """Megatron's config of the chunk `stage`, with every fusion and CUDA path off."""
+    text: Any = config.text_config
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a deprecation of Megatron's about its own default for CUDA graphs
+        return TransformerConfig(
+            num_layers=len(stage.layers),
+            hidden_size=text.hidden_size,
+            ffn_hidden_size=text.intermediate_size,
+            num_attention_heads=text.num_attention_heads,
+            num_query_groups=text.num_key_value_heads,
+            kv_channels=text.head_dim,
+            normalization="RMSNorm",
+            layernorm_epsilon=text.rms_norm_eps,
+            activation_func=torch.nn.functional.silu,
+            gated_linear_unit=True,
+            add_bias_linear=False,
+            add_qkv_bias=False,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            params_dtype=dtype,
+            pipeline_dtype=dtype,
+            bf16=dtype == torch.bfloat16,
+            use_cpu_initialization=True,
+            perform_initialization=False,
+            bias_activation_fusion=False,
+            bias_dropout_fusion=False,
+            masked_softmax_fusion=False,
+            apply_rope_fusion=False,
+            gradient_accumulation_fusion=False,
+            persist_layer_norm=False,
+        )
+
+
+def build_language_model(config: Mistral3Config, stage: StageSpec, dtype: torch.dtype, device: torch.device) -> Any:
+    """A `GPTModel` with the layers of `stage`; parameters are allocated on `device` and not initialised."""
+    arch = Architecture.from_config(config)
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    with torch.device(device):
+        model = GPTModel(
+            config=transformer_config(config, stage, dtype),
+            transformer_layer_spec=spec,
+            vocab_size=arch.vocab_size,
+            max_sequence_length=arch.max_positions,
+            pre_process=stage.is_first,
+            post_process=stage.is_last,
+            parallel_output=False,
+            share_embeddings_and_output_weights=arch.tied_embeddings and stage.is_first and stage.is_last,
+            position_embedding_type="none",
+            pg_collection=groups_of_one(),
+        )
+    return model.to(dtype)
+
+
+@cache
+def groups_of_one() -> Any:
+    """Megatron wants process groups even where there is no parallelism: gloo groups of this process alone.
+
+    It also wants torch.distributed to have a default group, or it forgets the groups that it was given. Where nobody
+    has made one, it is a group of one, too, bound to the loopback interface.
+    """
+    before = os.environ.get("GLOO_SOCKET_IFNAME")
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo" if sys.platform == "linux" else "lo0"
+    try:
+        if not distributed.is_initialized():
+            distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        group = distributed.ProcessGroupGloo(distributed.HashStore(), 0, 1)
+    finally:
+        if before is None:
+            del os.environ["GLOO_SOCKET_IFNAME"]
+        else:
+            os.environ["GLOO_SOCKET_IFNAME"] = before
+    return ProcessGroupCollection(tp=group, cp=group, pp=group, embd=group)
+
+
+def embed(model: Any, token_ids_T: torch.Tensor) -> torch.Tensor:
+    """Embeddings `[T, 1, H]` of a packed stream of token ids."""
+    embedded: torch.Tensor = model.embedding(input_ids=token_ids_T.unsqueeze(0), position_ids=None)
+    return embedded
+
+
+def run_layers(model: Any, hidden_T1H: torch.Tensor | None, params: PackedAttentionParams) -> torch.Tensor:
+    """The chunk's decoder layers (and the final norm on a last chunk): `[T, 1, H]`.
+
+    `hidden_T1H` None takes what `set_input_tensor` was given, once: a tensor is not used for two batches.
+    """
+    if hidden_T1H is None:
+        given = model.decoder.input_tensor
+        tokens = params.rotary.cos_TD.shape[0] if params.rotary is not None else 0
+        if given is None or given.shape[0] != tokens:
+            raise ValueError(
+                f"this stage got hidden states of shape {None if given is None else tuple(given.shape)}, wanted "
+                f"[{tokens}, 1, {model.config.hidden_size}]: call set_input_tensor with the output of the stage before"
+            )
+    output: torch.Tensor = model.decoder(hidden_states=hidden_T1H, attention_mask=None, packed_seq_params=params)
+    model.decoder.input_tensor = None
+    return output
+
+
+def logits(model: Any, hidden_T1H: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """Logits `[rows, V]` of a last chunk, for all tokens or the given `rows` of the stream."""
+    if rows is not None:
+        hidden_T1H = hidden_T1H[rows]
+    weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
+    output, _bias = model.output_layer(hidden_T1H, weight=weight)
+    return output.squeeze(1)  # type: ignore[no-any-return]

@@ -1,0 +1,67 @@
+"""Rotary embeddings (YaRN) and the Llama-4 query scale, by the true position of every token.
+
+Formulas: transformers `modeling_rope_utils` (YaRN, arXiv 2309.00071) and `ministral3.get_llama_4_attn_scale`. They are
+computed once per step and chunk and shared by its layers. Legend: T tokens, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import Mistral3Config
+
+
+@dataclass(frozen=True)
+class RotaryTables:
+    """`cos_TD`, `sin_TD` and the query scale `scale_T` (None where it is one everywhere), in the model's dtype."""
+
+    cos_TD: Tensor
+    sin_TD: Tensor
+    scale_T: Tensor | None
+
+    def rotate(self, x_TND: Tensor) -> Tensor:
+        """Rotate queries or keys of any number of heads N."""
+        half = x_TND.shape[-1] // 2
+        turned = torch.cat((-x_TND[..., half:], x_TND[..., :half]), dim=-1)
+        return (x_TND * self.cos_TD.unsqueeze(1)) + (turned * self.sin_TD.unsqueeze(1))
+
+    def rotate_query(self, q_TND: Tensor) -> Tensor:
+        """Rotate queries and scale them by their position."""
+        rotated = self.rotate(q_TND)
+        return rotated if self.scale_T is None else rotated * self.scale_T.view(-1, 1, 1)
+
+
+class Rotary:
+    """Makes `RotaryTables` for given positions. Frequencies stay in fp32 whatever the model's dtype."""
+
+    def __init__(self, config: Mistral3Config) -> None:
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+        from transformers.models.ministral3.modeling_ministral3 import Ministral3RotaryEmbedding
+
+        text: Any = config.text_config
+        rope = text.rope_parameters
+        init = ROPE_INIT_FUNCTIONS.get(rope["rope_type"], Ministral3RotaryEmbedding.compute_default_rope_parameters)
+        self.inv_freq, self.attention_scaling = init(text)
+        self.beta: float = rope.get("llama_4_scaling_beta") or 0.0
+        self.original_max_positions: int | None = rope.get("original_max_position_embeddings")
+
+    def tables(self, positions_T: Tensor, dtype: torch.dtype) -> RotaryTables:
+        """Tables for int64 `positions_T`, on their device."""
+        if self.inv_freq.device != positions_T.device:
+            self.inv_freq = self.inv_freq.to(positions_T.device)
+        half_TD = positions_T[:, None].float() * self.inv_freq
+        angles_TD = torch.cat((half_TD, half_TD), dim=-1)
+        scale_T = None
+        if self.beta:
+            scale_T = 1 + self.beta * torch.log(1 + torch.floor(positions_T / self.original_max_positions))
+            scale_T = scale_T.to(dtype)
+        return RotaryTables(
+            cos_TD=(angles_TD.cos() * self.attention_scaling).to(dtype),
+            sin_TD=(angles_TD.sin() * self.attention_scaling).to(dtype),
+            scale_T=scale_T,
+        )
