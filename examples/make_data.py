@@ -101,6 +101,7 @@ def write_pictures(output: Path, digits: Sequence[DigitSample]) -> None:
 
 
 def main() -> None:
+    """Reads the options and writes the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "pictures.parquet")
     output: Path = parser.parse_args().output

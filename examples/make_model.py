@@ -248,7 +248,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
         for group in self.param_groups:
             momentum = group["momentum"]
             # Matrices of one shape go through the iteration as one batch.
@@ -460,6 +460,7 @@ def evaluate(directory: Path, count: int, wanted: float = 0.95) -> bool:
 
 
 def main() -> int:
+    """Reads the options; 0, or 1 if too few captions are right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="train, and write the model directory here")
     parser.add_argument("--evaluate", type=Path, help="measure the model of this directory")

@@ -65,7 +65,7 @@ see it. Use no more than ten words. Return only the caption, with no other text 
 """
 
 CHAT_TEMPLATE = """\
-{#- <s>[SYSTEM_PROMPT]system[/SYSTEM_PROMPT][INST][IMG]user[/INST]assistant</s>; one [IMG] for an image, in its place -#}
+{#- <s>[SYSTEM_PROMPT]system[/SYSTEM_PROMPT][INST][IMG]user[/INST]assistant</s>; an [IMG] in each image's place -#}
 {%- macro render(content) -%}
     {%- if content is string -%}
         {{- content -}}

@@ -237,7 +237,7 @@ def _let_local_workers_import_us() -> None:
     "--address",
     metavar="auto|local|…",
     default=CaptionConfig.address,
-    help="The Ray cluster; inside `ray job submit` the one it runs in. `local` starts one for this job.",
+    help="auto: the cluster that runs here (in `ray job submit` its own), else local; local: one for this job alone.",
 )
 @click.version_option(__version__, prog_name="ray_ministral")
 @click.pass_obj

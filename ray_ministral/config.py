@@ -61,7 +61,10 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, f"--max-new-tokens must be at least 1, got {self.max_new_tokens}")
-        _require(self.temperature >= 0, f"--temperature must not be negative, got {self.temperature}: 0 is greedy")
+        _require(
+            0 <= self.temperature < float("inf"),
+            f"--temperature must be a number that is not negative, got {self.temperature}: 0 is greedy",
+        )
         _require(self.top_k is None or self.top_k >= 1, f"--top-k must be at least 1, got {self.top_k}: leave it out")
         _require(
             self.top_p is None or 0 < self.top_p <= 1, f"--top-p must lie in (0, 1], got {self.top_p}: leave it out"
@@ -74,8 +77,8 @@ class SamplingConfig:
 class PromptConfig:
     """What is asked about each row.
 
-    `prompt` is a template in which `{column}` takes the row's value; `prompt_column` names a column with a whole
-    prompt per row instead. `image_column` is a column of encoded bytes, of `{bytes, path}` structs, or of lists of either.
+    `prompt` is a template in which `{column}` takes the row's value; `prompt_column` names a column with a whole prompt
+    per row instead. `image_column` is a column of encoded bytes, of `{bytes, path}` structs, or of lists of either.
     """
 
     image_column: str = "image"
@@ -115,9 +118,9 @@ class ImageLimits:
 class PipelineConfig:
     """How the model is cut and where it runs.
 
-    `layers_per_stage` overrides the split by cost. `threads_per_stage` None divides the cluster's cores among the stages.
-    A microbatch holds at most `rows_per_microbatch` sequences and room for `kv_tokens_per_microbatch` tokens in the KV
-    cache; a step takes in prompts of about `prefill_tokens_per_step`. Time-outs in seconds.
+    `layers_per_stage` overrides the split by cost. `threads_per_stage` None divides the cluster's cores among the
+    stages. A microbatch holds at most `rows_per_microbatch` sequences and room for `kv_tokens_per_microbatch` tokens in
+    the KV cache; a step takes in prompts of about `prefill_tokens_per_step`. Time-outs in seconds.
     """
 
     stages: int = 1

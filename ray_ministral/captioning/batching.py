@@ -207,7 +207,8 @@ class BatchScheduler:
             longest = max(longest, request.kv_tokens)
             prompt_tokens += len(request.token_ids)
             # The first one always goes in: it fits on its own, and waiting would not make it smaller.
-            if rows and (request.alone or longest * (rows + 1) > self._kv_limit or prompt_tokens > self._prefill_limit):
+            too_many = request.alone or longest * (rows + 1) > self._kv_limit
+            if (rows and too_many) or (admitted and prompt_tokens > self._prefill_limit):
                 break
             admitted.append(self.waiting.popleft())
             if request.alone:
@@ -220,7 +221,7 @@ def _next_position(request: Request) -> int:
 
 
 def _compact(slots: list[Request | None]) -> tuple[list[Request], list[tuple[int, int]]]:
-    """Close the holes: sequences from the end move into the slots of ended ones; returns them by slot, and the moves."""
+    """Close the holes: sequences from the end move into the slots of ended ones; gives them by slot, and the moves."""
     moves: list[tuple[int, int]] = []
     low, high = 0, len(slots) - 1
     while True:

@@ -13,14 +13,27 @@ from ray_ministral.captioning.plan import StepPlan
 from ray_ministral.model.attention import attend_to_prefix, causal_attention, decode_attention, equal_length_runs
 
 CAPACITY_STEP = 64
-"""Capacity grows in steps of so many tokens, slots in steps of eight: growing copies."""
 SLOTS_STEP = 8
+"""Capacity and slots grow in steps, since growing copies, as far as the token budget allows."""
 
 
 class KVCache:
-    """The cache of one microbatch: one tensor `[2, S, G, C, D]` (keys, values) for each layer of the chunk."""
+    """The cache of one microbatch: one tensor `[2, S, G, C, D]` (keys, values) for each layer of the chunk.
 
-    def __init__(self, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
+    S times C stays within `token_budget`, unless one plan needs more by itself.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        token_budget: int,
+    ) -> None:
+        self._budget = token_budget
         empty = torch.empty(2, 0, num_kv_heads, 0, head_dim, dtype=dtype, device=device)
         self.layers: list[Tensor] = [empty] * num_layers
 
@@ -31,19 +44,32 @@ class KVCache:
 
     def prepare(self, plan: StepPlan) -> None:
         """Make room for the plan's slots and carry out its moves."""
-        slots = -(-plan.num_slots // SLOTS_STEP) * SLOTS_STEP
-        capacity = -(-plan.capacity // CAPACITY_STEP) * CAPACITY_STEP
-        for index, layer in enumerate(self.layers):
-            if plan.moves:
-                sources, targets = (list(ends) for ends in zip(*plan.moves, strict=True))
+        if plan.moves:
+            sources, targets = (list(ends) for ends in zip(*plan.moves, strict=True))
+            for layer in self.layers:
                 layer[:, targets] = layer[:, sources]
-            if slots > layer.shape[1] or capacity > layer.shape[3]:
-                # Zeros, since a masked-out position still enters the products with weight 0: it must be finite.
-                grown = layer.new_zeros(
-                    2, max(slots, layer.shape[1]), layer.shape[2], max(capacity, layer.shape[3]), layer.shape[4]
-                )
-                grown[:, : layer.shape[1], :, : layer.shape[3]] = layer
-                self.layers[index] = grown
+        _, slots, heads, capacity, dim = self.layers[0].shape
+        if plan.num_slots <= slots and plan.capacity <= capacity:
+            return
+        slots, capacity = self._grown(slots, capacity, plan)
+        for index, layer in enumerate(self.layers):
+            # Zeros, since a masked-out position still enters the products with weight 0: it must be finite.
+            grown = layer.new_zeros(2, slots, heads, capacity, dim)
+            kept = layer[:, : plan.num_decode, :, :capacity]
+            grown[:, : kept.shape[1], :, : kept.shape[3]] = kept
+            self.layers[index] = grown
+
+    def _grown(self, slots: int, capacity: int, plan: StepPlan) -> tuple[int, int]:
+        """The most generous of some sizes that the budget allows; at least what the plan needs."""
+        rounded_slots = -(-plan.num_slots // SLOTS_STEP) * SLOTS_STEP
+        rounded_capacity = -(-plan.capacity // CAPACITY_STEP) * CAPACITY_STEP
+        candidates = (
+            (max(slots, rounded_slots), max(capacity, rounded_capacity)),
+            (rounded_slots, rounded_capacity),
+            (plan.num_slots, rounded_capacity),
+        )
+        fitting = ((s, c) for s, c in candidates if s * c <= self._budget)
+        return next(fitting, (plan.num_slots, plan.capacity))
 
 
 class CachedAttention:

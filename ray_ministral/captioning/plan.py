@@ -1,4 +1,4 @@
-"""`StepPlan`: what all stages do for one step of one microbatch, as data. Small; no torch, no pixels, no activations."""
+"""`StepPlan`: what all stages do for one step of one microbatch, as data. Small; no torch, pixels or activations."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Prefill:
 class StepPlan:
     """One step of one microbatch.
 
-    The stream is one token of each decoding sequence, then the pieces of prompts. Decoding sequences have the slots 0 to
-    `len(decode_positions) - 1` in this order; prompts have slots above. Before anything else each of `moves` (from, to)
-    carries a sequence to the slot of one that has ended. `capacity` is how many tokens a slot must be able to hold.
+    The stream is one token of each decoding sequence, then the pieces of prompts. Decoding sequences have the slots 0
+    to `len(decode_positions) - 1` in this order; prompts have slots above. Before anything else each of `moves` (from,
+    to) carries a sequence to the slot of one that has ended. `capacity` is how many tokens a slot must be able to hold.
 
     token_ids: int32 [T], for the first stage. decode_positions: int32, the position of each decoding sequence's token.
     sample_keys, sample_positions: uint64 and int64, for each token to sample (decoding sequences, then prompts that

@@ -38,7 +38,14 @@ def sample(logits_NV: Tensor, sampling: SamplingConfig, keys_N: np.ndarray, posi
 def uniforms(seed: int, keys_N: np.ndarray, positions_N: np.ndarray) -> np.ndarray:
     """float64 `[N]` in [0, 1): the counter-based Philox generator at key (seed, row) and counter (position)."""
     draws = [
-        np.random.Generator(np.random.Philox(key=[seed, int(key)], counter=[0, 0, 0, int(position)])).random()
+        np.random.Generator(_philox(seed, key, position)).random()
         for key, position in zip(keys_N, positions_N, strict=True)
     ]
     return np.asarray(draws, dtype=np.float64)
+
+
+def _philox(seed: int, key: int, position: int) -> np.random.Philox:
+    # As arrays of uint64: of a list that mixes sizes numpy would make float64, and lose bits.
+    return np.random.Philox(
+        key=np.array([seed, key], dtype=np.uint64), counter=np.array([0, 0, 0, position], dtype=np.uint64)
+    )

@@ -23,9 +23,10 @@ from ray_ministral.pipeline.wire import from_wire, to_wire
 class CaptionStage(PipelineStage):
     """Runs `StepPlan`s; keeps the KV cache of each microbatch."""
 
-    def __init__(self, options: StageOptions, sampling: SamplingConfig) -> None:
+    def __init__(self, options: StageOptions, sampling: SamplingConfig, kv_tokens_per_microbatch: int) -> None:
         super().__init__(options)
         self.sampling = sampling
+        self.kv_tokens_per_microbatch = kv_tokens_per_microbatch
         self._caches: dict[int, KVCache] = {}
         self._normalise: Tensor | None = None
 
@@ -42,6 +43,7 @@ class CaptionStage(PipelineStage):
             lengths=plan.lengths(),
             token_ids_T=torch.from_numpy(plan.token_ids).to(self.device, torch.int64) if self.spec.is_first else None,
             images=self._images(plan, blocks) if self.spec.is_first else (),
+            prompt_start=plan.num_decode,
             logit_rows=torch.from_numpy(plan.sampled_rows()).to(self.device) if self.spec.is_last else None,
             attention=CachedAttention(cache, plan, self.device),
         )
@@ -59,7 +61,12 @@ class CaptionStage(PipelineStage):
         if microbatch not in self._caches:
             arch = Architecture.from_config(self.model.hf_config)
             self._caches[microbatch] = KVCache(
-                len(self.spec.layers), arch.num_kv_heads, arch.head_dim, self.dtype, self.device
+                len(self.spec.layers),
+                arch.num_kv_heads,
+                arch.head_dim,
+                self.dtype,
+                self.device,
+                token_budget=self.kv_tokens_per_microbatch,
             )
         return self._caches[microbatch]
 

@@ -223,4 +223,4 @@ def read_columns(shard: Shard, columns: Sequence[str]) -> pa.Table:
         raise _too_few_rows(shard, position, shard.stop)
     table = pa.Table.from_batches(pieces)
     # batches do not carry the fields' metadata and nullability
-    return pa.Table.from_arrays(table.columns, schema=pa.schema(fields)).unify_dictionaries()
+    return pa.Table.from_arrays(table.columns, schema=pa.schema(fields))

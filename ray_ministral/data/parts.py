@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +16,7 @@ from ray_ministral.data.parquet import read_columns
 from ray_ministral.data.shards import Shard
 from ray_ministral.errors import InputError
 
+OK_STATUS = "ok"
 STATUS_COUNTS_KEY = b"ray_ministral.status_counts"
 
 
@@ -58,7 +59,7 @@ class PartInfo:
     @property
     def ok(self) -> int:
         """Rows with a caption."""
-        return self.status_counts.get("ok", 0)
+        return self.status_counts.get(OK_STATUS, 0)
 
     @property
     def errors(self) -> int:
@@ -125,6 +126,33 @@ def read_part_info(folder: Location, name: str) -> PartInfo:
             f"{place.name} is not a part that can be built on ({error}): delete it, and its rows are captioned again"
         ) from error
     return PartInfo(name=name, rows=rows, status_counts=counts, bytes=size)
+
+
+def read_failed_rows(output: str, name: str) -> tuple[int, ...]:
+    """The rows of a committed part, counted within the row group, that have no caption. Raises InputError."""
+    return tuple(row["row"] for row in read_own_columns(output, name) if row["status"] != OK_STATUS)
+
+
+def read_own_columns(output: str, name: str) -> list[dict[str, Any]]:
+    """What a committed part says became of each row: a dictionary with the keys of `OutputRow`.
+
+    `token_ids` is None where the part has no such column. Raises InputError where it cannot be read.
+    """
+    place = locate(output).child(name)
+    keys = [field.name for field in output_fields(with_token_ids=True) if field.name in OutputRow.__dict__]
+    try:
+        with place.filesystem.open_input_file(place.path) as source:
+            file = pq.ParquetFile(source, pre_buffer=False)
+            stored = [key for key in keys if key in file.schema_arrow.names]
+            columns = file.read(columns=["source_row", *stored]).to_pydict()
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(
+            f"{place.name} cannot be read ({error}): delete it, and its rows are captioned again"
+        ) from error
+    rows = columns["source_row"]
+    return [
+        {"row": row, "token_ids": None} | {key: columns[key][index] for key in stored} for index, row in enumerate(rows)
+    ]
 
 
 def _own_columns(shard: Shard, results: Sequence[OutputRow], *, with_token_ids: bool) -> list[pa.Array]:

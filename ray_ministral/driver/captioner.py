@@ -1,4 +1,4 @@
-"""`Captioner`: the main loop of a captioning job. Rows are prepared ahead, stepped through the pipelines, written in parts.
+"""`Captioner`: the main loop of a captioning job: prepare rows ahead, step them through the pipelines, write parts.
 
 It holds references, row keys and token ids; never an image or an activation.
 """
@@ -19,12 +19,11 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from ray_ministral.captioning.batching import BatchScheduler, Finished, Request
 from ray_ministral.captioning.plan import StepPlan
-from ray_ministral.captioning.prompts import PromptTokenizer
 from ray_ministral.captioning.request import OK, PreparedRow, RowFailure, RowResult
 from ray_ministral.config import CaptionConfig
 from ray_ministral.data.shards import Shard
 from ray_ministral.driver import tasks
-from ray_ministral.driver.cluster import Resolved, connected, resolve
+from ray_ministral.driver.cluster import connected, resolve
 from ray_ministral.driver.feeder import Feeder, Prepared
 from ray_ministral.driver.job import CaptionJob
 from ray_ministral.driver.parts import PartTracker
@@ -92,14 +91,14 @@ class Captioner:
             logger.info("%s is finished already: nothing to do", job.ledger.output)
             return job.finished
         with ExitStack() as stack:
-            self._job, self._tokenizer = job, job.tokenizer
-            self._tracker = PartTracker(job.plan.shards, job.committed)
+            self._job = job
+            self._tracker = PartTracker(job.plan.shards, job.committed, job.failed_rows)
             self._writes: dict[Any, int] = {}
-            done_rows = job.plan.rows - sum(shard.rows for shard in self._tracker.pending.values())
-            progress = self._progress = stack.enter_context(Progress(job.plan.rows, done_rows))
+            progress = self._progress = stack.enter_context(Progress(job.plan.rows, self._tracker.done_before))
             stack.enter_context(connected(self.config.address, self.config.pipeline))
             self._clock.lap("cluster")
-            self._feeder = Feeder(self._tracker.pending.values(), self._start_prepare)
+            self._feeder = Feeder(self._tracker.wanted(), self._start_prepare)
+            stack.callback(self._feeder.close)
             self._chunks: deque[Prepared] = deque()
             self._replicas = self._start_replicas(stack)
             self._progress_at = time.monotonic()
@@ -197,7 +196,8 @@ class Captioner:
         if not waitables:
             assert self._tracker.done, "rows are missing, and nothing is under way that could bring them"
             return
-        ready, _ = ray.wait(waitables, num_returns=1, timeout=WAIT_S, fetch_local=False)
+        ray.wait(waitables, num_returns=1, timeout=WAIT_S, fetch_local=False)
+        ready, _ = ray.wait(waitables, num_returns=len(waitables), timeout=0, fetch_local=False)
         if not ready:
             self._check_for_hang()
             return
@@ -258,22 +258,22 @@ class Captioner:
     def _file(self, shard_index: int, result: RowResult, images: int = 0) -> None:
         """Note a row's result; start writing the part if its shard is whole."""
         results = self._tracker.add(shard_index, result, images)
-        limit = self.config.max_error_rate * self._job.plan.rows
-        errors = self._tracker.totals.errors
-        if errors > limit:
+        shard = self._job.plan.shards[shard_index]
+        rows, errors = self._job.plan.rows, self._tracker.errors
+        if errors > self.config.max_error_rate * rows:
             raise TooManyErrorsError(
-                f"{errors} of {self._job.plan.rows} rows failed, more than --max-error-rate {self.config.max_error_rate:g} "
-                f"allows; the last one, row {result.row} of row group {self._job.plan.shards[shard_index].row_group} of "
-                f"{self._job.plan.shards[shard_index].file}: {result.status}: {result.error}"
+                f"{errors} of {rows} rows failed, more than --max-error-rate {self.config.max_error_rate:g} allows; "
+                f"the last one, row {result.row} of row group {shard.row_group} of {shard.file}: {result.status}: "
+                f"{result.error}"
             )
         if results is not None:
-            shard = self._job.plan.shards[shard_index]
             reference = tasks.write.remote(
                 shard,
                 results,
                 self._job.ledger.output,
                 self._job.plan.carried_columns,
                 self.config.with_token_ids,
+                keep_others=shard_index in self._job.failed_rows,
             )
             self._writes[reference] = shard_index
 
@@ -308,7 +308,7 @@ class Captioner:
     # The end
 
     def _summary(self) -> CaptionSummary:
-        counts = dict(sorted(self._tracker.status_counts.items()))
+        counts = self._tracker.status_counts
         totals, clock, config = self._tracker.totals, self._clock, self.config.pipeline
         seconds = clock.working_seconds
         busy = np.mean([replica.pipeline.busy_seconds() for replica in self._replicas], axis=0)

@@ -7,9 +7,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import ray
+from ray._private import ray_constants
 
 from ray_ministral.config import PipelineConfig
 from ray_ministral.errors import ClusterError, ConfigError
@@ -44,19 +46,10 @@ def connected(address: str, pipeline: PipelineConfig) -> Iterator[None]:
         return
     try:
         if address == "local" or (address == "auto" and not _cluster_is_running()):
-            logger.info("starting a local Ray cluster for this job")
-            ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, pipeline.stages * pipeline.replicas * (pipeline.threads_per_stage or 1)),
-                include_dashboard=False,
-                _node_ip_address="127.0.0.1",
-                configure_logging=True,
-                logging_level="warning",
-                log_to_driver=False,
-            )
+            _start_local(pipeline)
         else:
-            logger.info("joining the Ray cluster at %s", os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)
-            ray.init(address=address, logging_level="warning", log_to_driver=False)
+            logger.info("joining the Ray cluster at %s", os.environ.get("RAY_ADDRESS") or address)
+            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ClusterError(
             f"no Ray cluster at --address {address}: {error}. Start one with `ray start --head`, or use --address local"
@@ -65,6 +58,45 @@ def connected(address: str, pipeline: PipelineConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_local(pipeline: PipelineConfig) -> None:
+    """A cluster of this process alone. It says that it has as many CPUs as the stages ask for, even on fewer cores.
+
+    Unless RAY_AUTH_MODE says otherwise Ray guards it with the token of ~/.ray/auth_token, which it makes, readable by
+    everyone, where there is none.
+    """
+    logger.info("starting a local Ray cluster for this job")
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it recommends to switch the token off
+    token = Path.home() / ".ray" / "auth_token"
+    had_token = token.exists()
+    asked = pipeline.stages * pipeline.replicas * (pipeline.threads_per_stage or 1)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    with _loopback_only():
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, asked),
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+        )
+    if not had_token and token.exists():
+        token.chmod(0o600)
+
+
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Have a cluster that starts now listen on the loopback interface alone.
+
+    On Linux Ray turns even an explicit 127.0.0.1 into the machine's address, and listens everywhere; where it takes
+    clusters for unsupported (Windows, macOS) it stays on the loopback interface. This is that switch.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _cluster_is_running() -> bool:
@@ -88,10 +120,7 @@ def resolve(pipeline: PipelineConfig) -> Resolved:
         if device == "cuda" and gpus == 0:
             raise ConfigError("--device cuda: the cluster has no GPU; use --device cpu, or join a node with GPUs")
     dtype: Literal["float32", "bfloat16"]
-    if pipeline.dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" else "float32"
-    else:
-        dtype = pipeline.dtype
+    dtype = ("bfloat16" if device == "cuda" else "float32") if pipeline.dtype == "auto" else pipeline.dtype
     threads = pipeline.threads_per_stage
     if threads is None:
         threads = 1 if device == "cuda" else max(1, int(resources.get("CPU", 1)) // stages)

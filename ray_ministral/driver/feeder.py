@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -70,6 +71,13 @@ class Feeder:
             shards = self._todo.popleft()
             self._units.append(_Unit(shards, self._start(shards), shards[0].start))
 
+    def close(self) -> None:
+        """Stop what is under way. Never raises."""
+        for unit in self._units:
+            with suppress(RayError):
+                ray.cancel(unit.generator)
+        self._units.clear()
+
     def waitable(self) -> Any:
         """What `ray.wait` can wait on for the next chunk; None when there is none to come."""
         return self._units[0].generator if self._units else None
@@ -92,7 +100,9 @@ class Feeder:
                 cause = root_cause(error)
                 if isinstance(cause, RayMinistralError):
                     raise cause from None
-                raise ClusterError(f"rows of {unit.shards[0].file} cannot be prepared: {describe_error(error)}") from error
+                raise ClusterError(
+                    f"rows of {unit.shards[0].file} cannot be prepared: {describe_error(error)}"
+                ) from error
             except RayError as error:
                 failed = self._retry(unit, error)
                 if failed is not None:
@@ -114,7 +124,9 @@ class Feeder:
         self._units.popleft()
         shard = replace(unit.shards[0], start=unit.row)
         if shard.rows == 1 and len(unit.shards) == 1:
-            failure = RowFailure("engine_error", f"the worker that prepared this row died: {describe_error(error)}", "decode")
+            failure = RowFailure(
+                "engine_error", f"the worker that prepared this row died: {describe_error(error)}", "decode"
+            )
             self.fill()
             return Prepared(PreparedChunk(shard.index, (PreparedRow(unit.row, None, (), failure),), 0), None)
         logger.warning("a worker that prepared rows of %s died (%s); trying them one by one", shard.file, error)
@@ -123,9 +135,7 @@ class Feeder:
         self._todo.extendleft([single] for single in reversed(singles))
         # Units already under way come after these rows; they are started again later, in order.
         later = [waiting.shards for waiting in self._units]
-        for waiting in self._units:
-            ray.cancel(waiting.generator)
-        self._units.clear()
+        self.close()
         for position, shards in enumerate(later):
             self._todo.insert(len(singles) + position, shards)
         self.fill()

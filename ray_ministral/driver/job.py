@@ -11,7 +11,7 @@ from ray_ministral.captioning.prompts import PromptTemplate, PromptTokenizer, ch
 from ray_ministral.config import CaptionConfig, SamplingConfig
 from ray_ministral.data.fingerprint import fingerprint
 from ray_ministral.data.ledger import Ledger
-from ray_ministral.data.parts import PartInfo
+from ray_ministral.data.parts import PartInfo, read_failed_rows
 from ray_ministral.data.shards import ShardPlan, plan_shards
 from ray_ministral.driver.summary import CaptionSummary
 from ray_ministral.errors import ConfigError
@@ -26,8 +26,8 @@ STOP = "stop"
 class CaptionJob:
     """A captioning job that can run: its model, its cut into stages, its shards, its output folder.
 
-    `committed` are the parts that earlier runs have written, by name; `finished` is the summary of a job that has
-    nothing left to do.
+    `committed` are the parts that earlier runs have written, by name; `failed_rows`, by shard, the rows in them that
+    `--retry-failed` does again; `finished` is the summary of a job that has nothing left to do.
     """
 
     config: CaptionConfig
@@ -38,6 +38,7 @@ class CaptionJob:
     plan: ShardPlan
     ledger: Ledger
     committed: Mapping[str, PartInfo]
+    failed_rows: Mapping[int, Sequence[int]]
     finished: CaptionSummary | None
 
     @classmethod
@@ -64,7 +65,17 @@ class CaptionJob:
             with_token_ids=config.with_token_ids,
         )
         ledger = Ledger.open(config.output, fingerprint(config, plan), create=create)
-        summary = ledger.summary() if ledger.is_finished and not config.retry_failed else None
+        committed = ledger.committed()
+        failed_rows: dict[int, Sequence[int]] = {}
+        if config.retry_failed:
+            failed_rows = {
+                shard.index: read_failed_rows(ledger.output, shard.part_name)
+                for shard in plan.shards
+                if shard.part_name in committed and committed[shard.part_name].errors
+            }
+        summary = ledger.summary() if ledger.is_finished and not failed_rows else None
+        if failed_rows and create:
+            ledger.reopen()
         return cls(
             config=config,
             model_dir=model_dir,
@@ -73,7 +84,8 @@ class CaptionJob:
             tokenizer=tokenizer,
             plan=plan,
             ledger=ledger,
-            committed=ledger.committed(),
+            committed=committed,
+            failed_rows=failed_rows,
             finished=None if summary is None else CaptionSummary(**summary),
         )
 
@@ -103,8 +115,8 @@ class CaptionJob:
         done = sum(info.rows for info in self.committed.values())
         bytes_each = 2 if config.pipeline.dtype == "bfloat16" else 4
         lines = [
-            f"input: {plan.rows} rows of {len(plan.files)} files, in {len(plan.shards)} shards; columns carried over: "
-            f"{', '.join(plan.carried_columns) or 'none'}",
+            f"input: {plan.rows} rows of {len(plan.files)} files, in {len(plan.shards)} shards",
+            f"columns carried over: {', '.join(plan.carried_columns) or 'none'}",
             f"output: {self.ledger.output}; {len(self.committed)} parts with {done} rows are there already",
             f"model: {self.model_dir}; {self.arch.num_layers} decoder layers, hidden size {self.arch.hidden_size}",
             f"pipeline: {config.pipeline.replicas} x {len(self.partition.stages)} stages",

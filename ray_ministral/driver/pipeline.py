@@ -1,4 +1,4 @@
-"""`Pipeline`: the live stages of one replica. Starts them, hands steps through them, and always takes them away again."""
+"""`Pipeline`: the live stages of one replica. Starts them, hands steps through, always takes them away again."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Pipeline:
                             "OMP_WAIT_POLICY": "PASSIVE",
                         }
                     },
-                ).remote(options, sampling)
+                ).remote(options, sampling, config.kv_tokens_per_microbatch)
                 pipeline._actors.append(actor)
             pipeline._loads = [actor.load.remote() for actor in pipeline._actors]
         except BaseException:
@@ -103,8 +103,8 @@ class Pipeline:
             announce(f"{self.name}: waiting for {len(pending)} of {self.num_stages} stages: {shown}")
             if time.monotonic() > deadline:
                 raise StageDiedError(
-                    f"{self.name}: stages were not ready after {timeout_s:.0f} s ({shown}): look at their logs, or raise "
-                    "start_timeout_s for very slow storage"
+                    f"{self.name}: stages were not ready after {timeout_s:.0f} s ({shown}): look at their logs, or "
+                    "raise start_timeout_s for very slow storage"
                 )
         self.reports = ray.get(self._loads)
 

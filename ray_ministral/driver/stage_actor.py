@@ -49,9 +49,8 @@ class LoadReport:
 class StageActor:
     """One stage of one pipeline, in a process of its own."""
 
-    def __init__(self, options: StageOptions, sampling: SamplingConfig) -> None:
-        self._options = options
-        self._sampling = sampling
+    def __init__(self, options: StageOptions, sampling: SamplingConfig, kv_tokens_per_microbatch: int) -> None:
+        self._arguments = (options, sampling, kv_tokens_per_microbatch)
         self._status = StageStatus("starting")
         self._stage: CaptionStage | None = None
 
@@ -62,7 +61,7 @@ class StageActor:
         from ray_ministral.captioning.stage import CaptionStage
 
         imported = time.perf_counter()
-        self._stage = CaptionStage(self._options, self._sampling)
+        self._stage = CaptionStage(*self._arguments)
         load_seconds = self._stage.load(self._loading)
         memory = self._stage.memory()
         self._status = StageStatus("ready", memory["parameters"], memory["parameters"])
@@ -83,19 +82,18 @@ class StageActor:
         assert self._stage is not None, "load() comes first"
         return self._stage.step(plan, hidden, *blocks)
 
-    @ray.method(concurrency_group=HEALTH)  # type: ignore[untyped-decorator]
+    @ray.method(concurrency_group=HEALTH)
     def status(self) -> StageStatus:
         """Answers at once, whatever the stage is doing."""
         return self._status
 
-    @ray.method(concurrency_group=HEALTH)  # type: ignore[untyped-decorator]
+    @ray.method(concurrency_group=HEALTH)
     def busy_seconds(self) -> float:
         """Seconds spent in steps so far."""
         return 0.0 if self._stage is None else self._stage.busy_seconds
 
 
 def stage_actor_class() -> Any:
-    """`StageActor` as a Ray actor class. No restarts and no retries of Ray's own: the driver decides what a death means."""
-    return ray.remote(
-        num_cpus=0, max_restarts=0, max_task_retries=0, concurrency_groups={HEALTH: 1}
-    )(StageActor)
+    """`StageActor` as a Ray actor class. Ray restarts and retries nothing: the driver decides what a death means."""
+    remote: Any = ray.remote  # its type stubs lack concurrency groups
+    return remote(max_restarts=0, max_task_retries=0, concurrency_groups={HEALTH: 1})(StageActor)

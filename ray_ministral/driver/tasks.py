@@ -7,6 +7,7 @@ run at a time is the driver's decision.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -15,8 +16,9 @@ import ray
 from ray_ministral.captioning.prepare import RowPreparer
 from ray_ministral.captioning.request import Pixels, PreparedChunk, RowResult
 from ray_ministral.config import ImageLimits, PromptConfig
-from ray_ministral.data.parts import PartInfo, write_part
+from ray_ministral.data.parts import PartInfo, read_own_columns, write_part
 from ray_ministral.data.shards import Shard
+from ray_ministral.errors import InputError
 
 OBJECTS_AHEAD = 4
 """A preparing task stops when so many of its objects (a chunk and its pixels are two) have not been taken."""
@@ -36,14 +38,29 @@ def prepare(
     yield from _preparer(model_dir, prompt, images, max_prompt_tokens).chunks(shards)
 
 
-@ray.remote(num_cpus=0, max_retries=3, retry_exceptions=[OSError])
+@ray.remote(num_cpus=0, max_retries=3, retry_exceptions=[OSError, InputError])  # type: ignore[call-overload, untyped-decorator]  # Ray's types lag
 def write(
-    shard: Shard, results: Sequence[RowResult], output: str, carried_columns: Sequence[str], with_token_ids: bool
+    shard: Shard,
+    results: Sequence[RowResult],
+    output: str,
+    carried_columns: Sequence[str],
+    with_token_ids: bool,
+    keep_others: bool,
 ) -> PartInfo:
-    """See `data.parquet.write_part`. May run twice: a part is replaced by itself."""
-    return write_part(
-        shard, results, output=output, carried_columns=carried_columns, with_token_ids=with_token_ids
-    )
+    """See `data.parts.write_part`. May run twice: a part is replaced by itself.
+
+    With `keep_others` the part is there already, and rows without a new result keep the one that they have.
+    """
+    if keep_others:
+        results = _merged(output, shard.part_name, results)
+    return write_part(shard, results, output=output, carried_columns=carried_columns, with_token_ids=with_token_ids)
+
+
+def _merged(output: str, name: str, results: Sequence[RowResult]) -> list[RowResult]:
+    merged = {row["row"]: RowResult(**row) for row in read_own_columns(output, name)}
+    for result in results:
+        merged[result.row] = replace(result, attempts=merged[result.row].attempts + result.attempts)
+    return list(merged.values())
 
 
 def start_prepare(*arguments: Any) -> Any:

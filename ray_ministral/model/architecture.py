@@ -188,6 +188,11 @@ def check_config(config: Mistral3Config) -> None:
         isinstance(config.vision_feature_layer, int),
         f"vision_feature_layer is {config.vision_feature_layer!r}, wanted one integer",
     )
+    layers = vision.num_hidden_layers
+    require(
+        -layers - 1 <= config.vision_feature_layer <= layers,
+        f"vision_feature_layer is {config.vision_feature_layer}, the vision tower has {layers} layers",
+    )
     require(
         isinstance(vision.patch_size, int) and isinstance(vision.image_size, int),
         f"patch_size {vision.patch_size!r} and image_size {vision.image_size!r} must be integers (square)",

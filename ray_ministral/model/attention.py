@@ -50,14 +50,15 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]  # megatron ships n
         query_THD: Tensor,
         key_TGD: Tensor,
         value_TGD: Tensor,
-        attention_mask: Tensor | None = None,
+        _attention_mask: Tensor | None = None,
         *,
         packed_seq_params: PackedAttentionParams | None = None,
         **_unused_by_packed_attention: Any,
     ) -> Tensor:
         """Rotate, attend; returns `[T, H * D]`."""
-        assert packed_seq_params is not None and packed_seq_params.rotary is not None, "the chunk always packs"
+        assert packed_seq_params is not None, "the chunk always packs"
         rotary = packed_seq_params.rotary
+        assert rotary is not None, "the chunk always makes rotary tables"
         out_THD = packed_seq_params.context.attend(
             self.layer, rotary.rotate_query(query_THD), rotary.rotate(key_TGD), value_TGD
         )
@@ -70,8 +71,8 @@ class CausalAttention:
 
     lengths: Sequence[int]
 
-    def attend(self, layer: int, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor) -> Tensor:
-        """See `AttentionContext`."""
+    def attend(self, layer: int, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor) -> Tensor:  # noqa: ARG002
+        """See `AttentionContext`; without a cache all layers are alike."""
         outputs = [
             causal_attention(query_THD[rows], key_TGD[rows], value_TGD[rows], count)
             for rows, count in equal_length_runs(self.lengths)
@@ -94,7 +95,7 @@ def causal_attention(query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, coun
     def split(x: Tensor) -> Tensor:
         return x.unflatten(0, (count, -1)).transpose(1, 2)
 
-    out_NHLD = scaled_dot_product_attention(
+    out_NHLD: Tensor = scaled_dot_product_attention(
         split(query_THD), split(key_TGD), split(value_TGD), is_causal=True, enable_gqa=True
     )
     return out_NHLD.transpose(1, 2).flatten(0, 1)
@@ -104,7 +105,7 @@ def attend_to_prefix(query_LHD: Tensor, key_GPD: Tensor, value_GPD: Tensor) -> T
     """The last L tokens of one sequence see all its P tokens so far (themselves included, causally); `[L, H, D]`."""
     length, prefix = query_LHD.shape[0], key_GPD.shape[1]
     mask_LP = torch.ones(length, prefix, dtype=torch.bool, device=query_LHD.device).tril(prefix - length)
-    out_1HLD = scaled_dot_product_attention(
+    out_1HLD: Tensor = scaled_dot_product_attention(
         query_LHD.transpose(0, 1).unsqueeze(0),
         key_GPD.unsqueeze(0),
         value_GPD.unsqueeze(0),
@@ -121,7 +122,7 @@ def decode_attention(query_NHD: Tensor, key_NGPD: Tensor, value_NGPD: Tensor, ma
     never repeated. `mask_NP` is true where a sequence has a token; None where all are equally long.
     """
     groups = key_NGPD.shape[1]
-    out = scaled_dot_product_attention(
+    out: Tensor = scaled_dot_product_attention(
         query_NHD.unflatten(1, (groups, -1)),
         key_NGPD,
         value_NGPD,

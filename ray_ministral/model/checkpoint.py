@@ -8,6 +8,7 @@ here, without torch; `weights` reads the tensors.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -159,13 +160,12 @@ class Checkpoint:
             for name, shape in wanted.items()
             if name in self.tensors and self.tensors[name].shape != shape
         ]
-        foreign = [
-            f"{name} is {stored.dtype}" for name, stored in self.tensors.items() if stored.dtype not in _FLOATS
-        ]
-        scaleless = [
-            name
-            for name, stored in self.tensors.items()
-            if stored.dtype == "F8_E4M3" and name not in self.scales
+        foreign = [f"{name} is {stored.dtype}" for name, stored in self.tensors.items() if stored.dtype not in _FLOATS]
+        fp8 = {name for name, stored in self.tensors.items() if stored.dtype == "F8_E4M3"}
+        scaleless = sorted(fp8 - self.scales.keys())
+        surplus += [self.scales[name].name for name in sorted(self.scales.keys() - fp8)]
+        grids = [
+            f"{scale.name} is {list(scale.shape)}" for scale in self.scales.values() if math.prod(scale.shape) != 1
         ]
         found = [
             f"{what}: {_some(names)}"
@@ -175,6 +175,7 @@ class Checkpoint:
                 ("tensors of another shape", misshapen),
                 (f"tensors of a dtype that is not one of {', '.join(sorted(_FLOATS))}", foreign),
                 ("fp8 tensors without weight_scale_inv", scaleless),
+                ("fp8 scales that are not one number a tensor (convert to bf16 first)", grids),
             )
             if names
         ]

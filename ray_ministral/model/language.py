@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed
+from torch.distributed.distributed_c10d import ProcessGroupGloo
 
 with warnings.catch_warnings():
     # megatron-core says on import that Transformer Engine and Apex are absent: they are CUDA extensions we don't use.
@@ -70,7 +72,8 @@ def build_language_model(config: Mistral3Config, stage: StageSpec, dtype: torch.
     arch = Architecture.from_config(config)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
-    with torch.device(device):
+    with torch.device(device), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Megatron's deprecations of how its own layers call one another
         model = GPTModel(
             config=transformer_config(config, stage, dtype),
             transformer_layer_spec=spec,
@@ -86,6 +89,9 @@ def build_language_model(config: Mistral3Config, stage: StageSpec, dtype: torch.
     return model.to(dtype)
 
 
+GROUP_TIMEOUT = timedelta(minutes=1)
+
+
 @cache
 def groups_of_one() -> Any:
     """Megatron wants process groups even where there is no parallelism: gloo groups of this process alone.
@@ -95,10 +101,11 @@ def groups_of_one() -> Any:
     """
     before = os.environ.get("GLOO_SOCKET_IFNAME")
     os.environ["GLOO_SOCKET_IFNAME"] = "lo" if sys.platform == "linux" else "lo0"
+    store: Any = getattr(distributed, "HashStore")  # noqa: B009  # in torch, not in its stubs
     try:
         if not distributed.is_initialized():
-            distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-        group = distributed.ProcessGroupGloo(distributed.HashStore(), 0, 1)
+            distributed.init_process_group("gloo", store=store(), rank=0, world_size=1)
+        group = ProcessGroupGloo(store(), 0, 1, GROUP_TIMEOUT)
     finally:
         if before is None:
             del os.environ["GLOO_SOCKET_IFNAME"]

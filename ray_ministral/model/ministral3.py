@@ -125,7 +125,7 @@ class Ministral3Model(MegatronModule):  # type: ignore[misc]  # megatron ships n
 
     def freeze(self, freeze_language_model: bool, freeze_vision_model: bool, freeze_vision_projection: bool) -> None:
         """Stop gradients to the named parts; a part that this chunk does not hold is passed over."""
-        frozen: list[nn.Module] = []
+        frozen: list[Any] = []
         if freeze_language_model:
             frozen.append(self.language_model)
         if freeze_vision_model and self.pre_process:
@@ -144,21 +144,14 @@ class Ministral3Model(MegatronModule):  # type: ignore[misc]  # megatron ships n
     ) -> tuple[Tensor, ...]:
         """Features `[tokens, H]` of each image.
 
-        pixel_values: normalised images, `[N, 3, height, width]` (padded to the largest; then `image_sizes` `[N, 2]` says
-        how much of each counts) or a sequence of `[3, height, width]`.
+        pixel_values: normalised images, `[N, 3, height, width]` (padded to the largest; then `image_sizes` `[N, 2]`
+        says how much of each counts) or a sequence of `[3, height, width]`.
         """
         if not self.pre_process:
             raise ValueError("only the first stage has a vision tower: ask stage 0 for image features")
-        images = list(pixel_values)
-        if image_sizes is not None:
-            sizes = image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes
-            images = [image[:, :height, :width] for image, (height, width) in zip(images, sizes, strict=True)]
-        features = vision.encode_images(
-            self.vision_tower,
-            self.multi_modal_projector,
-            images,
-            feature_layer=self.hf_config.vision_feature_layer,
-        )
+        images = vision.unpad(pixel_values, image_sizes)
+        layer: Any = self.hf_config.vision_feature_layer
+        features = vision.encode_images(self.vision_tower, self.multi_modal_projector, images, feature_layer=layer)
         return tuple(features)
 
     def forward(
@@ -169,7 +162,7 @@ class Ministral3Model(MegatronModule):  # type: ignore[misc]  # megatron ships n
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | Sequence[Tensor] | None = None,
         labels: Tensor | None = None,
-        runtime_gather_output: bool | None = None,
+        runtime_gather_output: bool | None = None,  # noqa: ARG002
         image_sizes: Tensor | Sequence[Sequence[int]] | None = None,
         *,
         loss_mask: Tensor | None = None,
@@ -231,6 +224,7 @@ class Ministral3Model(MegatronModule):  # type: ignore[misc]  # megatron ships n
         else:
             placeholder = language.embed(self.language_model, torch.tensor([image_token], device=embeds_T1H.device))
             is_image_T = (embeds_T1H == placeholder).all(-1).squeeze(1)
+        is_image_T[: batch.prompt_start] = False
         placeholders = int(is_image_T.sum())
         if placeholders != features.shape[0]:
             raise ValueError(
@@ -258,12 +252,7 @@ class Ministral3Model(MegatronModule):  # type: ignore[misc]  # megatron ships n
         padding = Padding.of(shape, attention_mask, shaped.device)
         if position_ids is None:
             position_ids = torch.arange(shape[1], device=shaped.device)
-        images: Sequence[Tensor] = ()
-        if pixel_values is not None and self.pre_process:
-            sizes = image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes
-            images = list(pixel_values)
-            if sizes is not None:
-                images = [image[:, :h, :w] for image, (h, w) in zip(images, sizes, strict=True)]
+        images = () if pixel_values is None or not self.pre_process else vision.unpad(pixel_values, image_sizes)
         return padding, PackedBatch(
             positions_T=padding.pack(position_ids.expand(shape)),
             lengths=padding.lengths,

@@ -23,7 +23,8 @@ class PackedBatch:
     positions_T: int64, the true position of each token in its sequence.
     lengths: how many of the T tokens belong to each sequence, in order; each at least 1.
     token_ids_T: int64; a first chunk needs it unless it is given `inputs_embeds`.
-    images: for a first chunk, the images in the order of their placeholder tokens, float `[3, height, width]`, normalised.
+    images: for a first chunk, the images in the order of their placeholders, float `[3, height, width]`, normalised.
+    prompt_start: the row of the stream where prompts begin; an image token before it was generated, and has no image.
     logit_rows: int64 rows of the stream for which the last chunk computes logits; None means all.
     attention: how tokens see one another and a cache; None means causal within each sequence, from its first token.
     """
@@ -32,6 +33,7 @@ class PackedBatch:
     lengths: tuple[int, ...]
     token_ids_T: Tensor | None = None
     images: Sequence[Tensor] = ()
+    prompt_start: int = 0
     logit_rows: Tensor | None = None
     attention: AttentionContext | None = None
 
@@ -41,7 +43,8 @@ class PackedBatch:
             raise ValueError(f"lengths {self.lengths} must be positive and add up to the {tokens} tokens of the batch")
         if self.token_ids_T is not None and self.token_ids_T.shape != self.positions_T.shape:
             raise ValueError(
-                f"token_ids {tuple(self.token_ids_T.shape)} and positions {tuple(self.positions_T.shape)} differ in shape"
+                f"token_ids {tuple(self.token_ids_T.shape)} and positions {tuple(self.positions_T.shape)} differ in "
+                "shape: give one of each for every token"
             )
 
     @property

@@ -45,10 +45,12 @@ class Rotary:
 
         text: Any = config.text_config
         rope = text.rope_parameters
-        init = ROPE_INIT_FUNCTIONS.get(rope["rope_type"], Ministral3RotaryEmbedding.compute_default_rope_parameters)
+        init: Any = ROPE_INIT_FUNCTIONS.get(
+            rope["rope_type"], Ministral3RotaryEmbedding.compute_default_rope_parameters
+        )
         self.inv_freq, self.attention_scaling = init(text)
         self.beta: float = rope.get("llama_4_scaling_beta") or 0.0
-        self.original_max_positions: int | None = rope.get("original_max_position_embeddings")
+        self.original_max_positions: int = rope.get("original_max_position_embeddings") or 1
 
     def tables(self, positions_T: Tensor, dtype: torch.dtype) -> RotaryTables:
         """Tables for int64 `positions_T`, on their device."""

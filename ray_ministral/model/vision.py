@@ -34,7 +34,19 @@ def rotary_embedding(config: Mistral3Config) -> nn.Module:
     """The tower's position embedding, whose frequencies are a buffer that no checkpoint holds (kept in fp32)."""
     from transformers.models.pixtral.modeling_pixtral import PixtralVisionRotaryEmbedding
 
-    return PixtralVisionRotaryEmbedding(config.vision_config)
+    vision_config: Any = config.vision_config
+    return PixtralVisionRotaryEmbedding(vision_config)
+
+
+def unpad(
+    pixel_values: Tensor | Sequence[Tensor], image_sizes: Tensor | Sequence[Sequence[int]] | None
+) -> list[Tensor]:
+    """Images `[3, height, width]` out of a batch padded to the largest; `image_sizes` (height, width) of each."""
+    images = list(pixel_values)
+    if image_sizes is None:
+        return images
+    sizes = image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes
+    return [image[:, :height, :width] for image, (height, width) in zip(images, sizes, strict=True)]
 
 
 def encode_images(
@@ -67,7 +79,7 @@ def _run_tower(tower: Any, pixels_NCHW: Tensor, feature_layer: int) -> Tensor:
     """Hidden states `[N, P, C]` after the layer that `vision_feature_layer` names, as Hugging Face counts them."""
     embedded_NChw = tower.patch_conv(pixels_NCHW.to(tower.patch_conv.weight.dtype))
     rows, columns = embedded_NChw.shape[-2:]
-    hidden_NPC = tower.ln_pre(embedded_NChw.flatten(2).transpose(1, 2))
+    hidden_NPC: Tensor = tower.ln_pre(embedded_NChw.flatten(2).transpose(1, 2))
     positions_P2 = torch.cartesian_prod(
         torch.arange(rows, device=hidden_NPC.device), torch.arange(columns, device=hidden_NPC.device)
     )

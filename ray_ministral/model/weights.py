@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from ray_ministral.config import StageSpec
-from ray_ministral.errors import ModelError
 from ray_ministral.model.architecture import is_tied, load_config
 from ray_ministral.model.checkpoint import (
     EMBEDDING,
@@ -53,9 +53,15 @@ class TensorSlot:
         """Shape of the Hugging Face tensor."""
         return (self.groups * (self.stop - self.start), *self.parameter.shape[1:])
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensor takes in the chunk."""
+        return math.prod(self.shape) * self.parameter.element_size()
+
     def region(self, values: Tensor) -> Tensor:
-        """The slot's part `[groups, rows, …]`, a view, of a tensor shaped as the parameter (itself, its gradient, …)."""
-        return values.unflatten(0, (self.groups, -1))[:, self.start : self.stop]
+        """The slot's part `[groups, rows, …]`, a view, of a tensor shaped as the parameter, such as its gradient."""
+        blocks: Tensor = values.unflatten(0, (self.groups, -1))
+        return blocks[:, self.start : self.stop]
 
     def read(self, values: Tensor) -> Tensor:
         """The Hugging Face tensor out of a tensor shaped as the parameter."""
@@ -118,8 +124,8 @@ def load_chunk(
 ) -> Ministral3Model:
     """A chunk with its weights, of which only its own are read.
 
-    `on_progress(done, total)` is told the bytes of the chunk's own tensors after each. Peak memory is the chunk itself
-    plus little more: a file is mapped anew for each tensor, the largest first, so that no mapped page outlives its copy.
+    `on_progress(done, total)` is told the bytes of the chunk's own tensors after each. Peak memory is the chunk
+    itself plus little more: a file is mapped anew for each tensor, the largest first; no mapped page outlives its copy.
     """
     config = load_config(model_dir)
     checkpoint = Checkpoint.open(model_dir)
@@ -134,8 +140,8 @@ def load_chunk(
         (checkpoint.tensors[EMBEDDING if tied and name == OUTPUT_LAYER else name], name, slot)
         for name, slot in tensor_slots(model).items()
     ]
-    sources.sort(key=lambda source: -source[2].parameter[0].numel() * source[2].shape[0])
-    sizes = [slot.read(slot.parameter).nbytes if slot.groups == 1 else 0 for _, _, slot in sources]
+    sources.sort(key=lambda source: -source[2].nbytes)
+    sizes = [slot.nbytes for _, _, slot in sources]
     total, done = sum(sizes), 0
     for (stored, name, slot), size in zip(sources, sizes, strict=True):
         scale_name = EMBEDDING if stored is checkpoint.tensors.get(EMBEDDING) else name
@@ -164,11 +170,6 @@ def _load_tensor(stored: StoredTensor, scale: StoredTensor | None, slot: TensorS
         assert scale is not None, "Checkpoint.check refuses fp8 tensors without a scale"
         with _opened(scale.path) as scale_file:
             factor = scale_file.get_tensor(scale.name).float()
-        if factor.numel() != 1:
-            raise ModelError(
-                f"{scale.name!r} in {scale.path!r} has shape {list(factor.shape)}: only fp8 with one scale a tensor can be "
-                "read; convert the checkpoint to bf16 first"
-            )
         region = slot.region(slot.parameter.data)
         source = tensor.unflatten(0, (slot.groups, -1))
         for group in range(slot.groups):
@@ -183,8 +184,10 @@ def _opened(path: str) -> Any:
     return safe_open(path, framework="pt", device="cpu")
 
 
-def read_tensors(model: Ministral3Model, values: Callable[[nn.Parameter], Tensor | None]) -> Iterator[tuple[str, Tensor]]:
-    """Hugging Face tensors by name of what `values` gives for each parameter (its data, its gradient; None is left out)."""
+def read_tensors(
+    model: Ministral3Model, values: Callable[[nn.Parameter], Tensor | None]
+) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face tensors by name of what `values` gives for each parameter: data, gradient; None is left out."""
     for name, slot in tensor_slots(model).items():
         held = values(slot.parameter)
         if held is not None:

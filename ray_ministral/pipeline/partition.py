@@ -56,11 +56,13 @@ class Partition:
         for index, stage in enumerate(self.stages):
             if stage.first_layer != expected:
                 raise ConfigError(
-                    f"stage {index} begins at layer {stage.first_layer}, wanted {expected}: stages must follow one another "
-                    "without a gap or an overlap"
+                    f"stage {index} begins at layer {stage.first_layer}, wanted {expected}: stages must follow one "
+                    "another without a gap or an overlap"
                 )
             if stage.is_first != (index == 0) or stage.is_last != (index == last):
-                raise ConfigError(f"stage {index} of {last + 1} is marked is_first={stage.is_first}, is_last={stage.is_last}")
+                raise ConfigError(
+                    f"stage {index} of {last + 1} is marked is_first={stage.is_first}, is_last={stage.is_last}"
+                )
             expected = stage.end_layer
 
     @property

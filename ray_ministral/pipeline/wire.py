@@ -23,7 +23,7 @@ def from_wire(array: np.ndarray, dtype: torch.dtype, device: torch.device) -> Te
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch remarks that it cannot protect a read-only array
         tensor = torch.from_numpy(array)
-    if dtype == torch.bfloat16:
+    if dtype == torch.bfloat16 and tensor.dtype == torch.int16:
         tensor = tensor.view(torch.bfloat16)
     if tensor.dtype != dtype:
         raise TypeError(f"got activations of {tensor.dtype}, wanted {dtype}: all stages must run with one --dtype")

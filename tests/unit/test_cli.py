@@ -6,6 +6,7 @@ The engine behind it is a fake that notes what it was given.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import signal
 import subprocess
 import sys
@@ -50,9 +51,13 @@ def summary() -> CaptionSummary:
 
 
 @pytest.fixture(autouse=True)
-def _untouched_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The command puts the project on PYTHONPATH for the workers to come; no other test shall inherit that.
+def _untouched_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The command puts the project on PYTHONPATH for the workers to come, and sets up logging: it owns its process.
+    # Here it does not, and no other test shall inherit that.
     monkeypatch.setenv("PYTHONPATH", "")
+    logger = logging.getLogger("ray_ministral")
+    for name in ("handlers", "level", "propagate"):
+        monkeypatch.setattr(logger, name, getattr(logger, name))
 
 
 class FakeEngine:
@@ -126,6 +131,18 @@ def test_the_summary_goes_to_stdout_and_nothing_else_does(capsys: pytest.Capture
     for part in ["10: 8 ok, 2 errors", "bad_image 2", "12.5 s", "start-up 4.2 s", "1.50 images/s", "out/[caption]"]:
         assert part in out
     assert err == ""
+
+
+def test_logs_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    class Talkative(FakeEngine):
+        def run(self, config: CaptionConfig) -> CaptionSummary:
+            logging.getLogger("ray_ministral.driver").info("rebuilt the pipeline")
+            return super().run(config)
+
+    assert cli.main(NEEDED, engine=Talkative()) == 0
+    out, err = capsys.readouterr()
+    assert "rebuilt the pipeline" in err
+    assert "rebuilt the pipeline" not in out
 
 
 def test_a_dry_run_prints_the_plan_and_runs_nothing(capsys: pytest.CaptureFixture[str]) -> None:

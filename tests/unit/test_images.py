@@ -150,7 +150,8 @@ def test_limits_are_inclusive() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"), [("PNG", {}), ("JPEG", {}), ("WEBP", {}), ("WEBP", {"lossless": True}), ("GIF", {}), ("BMP", {})]
+    ("kind", "options"),
+    [("PNG", {}), ("JPEG", {}), ("WEBP", {}), ("WEBP", {"lossless": True}), ("GIF", {}), ("BMP", {})],
 )
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
 def test_truncated(kind: str, options: dict[str, object], kept: float) -> None:
@@ -191,6 +192,7 @@ def test_damaged_bytes_give_row_errors_and_nothing_else() -> None:
         animated.getvalue(),
     ]
     opened = refused = 0
+    kinds = set()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for _ in range(250):
@@ -202,11 +204,11 @@ def test_damaged_bytes_give_row_errors_and_nothing_else() -> None:
                     assert open_image(bytes(damaged), LIMITS).mode == "RGB"
                     opened += 1
                 except RowError as error:
-                    assert error.stage == "decode"
-                    assert error.status in ("bad_image", "too_large")
+                    kinds.add((error.status, error.stage))
                     refused += 1
     assert opened > 100
     assert refused > 100
+    assert kinds <= {("bad_image", "decode"), ("too_large", "decode")}
     assert seen == []
 
 
@@ -239,7 +241,9 @@ def test_sixteen_bit_grey_is_scaled() -> None:
 
 def test_sixteen_bit_grey_with_a_transparent_value() -> None:
     grey = np.array([[0, 1000, 65535]], dtype=">u2")
-    data = png(3, 1, depth=16, colour=0, rows=b"\x00" + grey.tobytes(), extra=png_chunk(b"tRNS", struct.pack(">H", 1000)))
+    data = png(
+        3, 1, depth=16, colour=0, rows=b"\x00" + grey.tobytes(), extra=png_chunk(b"tRNS", struct.pack(">H", 1000))
+    )
     assert pixels(data)[0, :, 0].tolist() == [0, 255, 255]
 
 
