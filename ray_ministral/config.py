@@ -13,6 +13,14 @@ from ray_ministral.errors import ConfigError
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16"]
 
+STAGE_ENVIRONMENT = {
+    # Spinning threads of one stage would take the cores of the others.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # Huge pages for large tensors: weights load several times faster (torch reads this when it is imported).
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
+"""Environment of a process that runs a stage."""
+
 DEFAULT_PROMPT = "Describe this image."
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +22,7 @@ from ray_ministral.captioning.request import OK, PreparedRow, RowFailure, RowRes
 from ray_ministral.config import CaptionConfig
 from ray_ministral.data.shards import Shard
 from ray_ministral.driver import tasks
+from ray_ministral.driver.clock import Clock
 from ray_ministral.driver.cluster import connected, resolve
 from ray_ministral.driver.feeder import Feeder, Prepared
 from ray_ministral.driver.job import CaptionJob
@@ -81,7 +81,8 @@ class Captioner:
     def __init__(self, config: CaptionConfig, *, stage_actor: Any = None) -> None:
         self.config = config
         self._actor_class = stage_actor
-        self._clock = _Clock()
+        self._clock = Clock()
+        self._replicas: list[Replica] = []
 
     def run(self) -> CaptionSummary:
         """Plan, start, loop until every part is committed, clean up; see `caption`."""
@@ -95,13 +96,8 @@ class Captioner:
             self._tracker = PartTracker(job.plan.shards, job.committed, job.failed_rows)
             self._writes: dict[Any, int] = {}
             progress = self._progress = stack.enter_context(Progress(job.plan.rows, self._tracker.done_before))
-            stack.enter_context(connected(self.config.address, self.config.pipeline))
-            self._clock.lap("cluster")
-            self._feeder = Feeder(self._tracker.wanted(), self._start_prepare)
-            stack.callback(self._feeder.close)
-            self._chunks: deque[Prepared] = deque()
-            self._replicas = self._start_replicas(stack)
-            self._progress_at = time.monotonic()
+            if not self._tracker.done:
+                self._start(stack)
             while not self._tracker.done:
                 self._admit()
                 self._launch()
@@ -112,6 +108,15 @@ class Captioner:
         return summary
 
     # Starting
+
+    def _start(self, stack: ExitStack) -> None:
+        """Everything that `stack` will take away again: the cluster, the tasks that prepare rows, the pipelines."""
+        stack.enter_context(connected(self.config.address, self.config.pipeline))
+        self._clock.lap("cluster")
+        self._feeder = Feeder(self._tracker.wanted(), self._start_prepare)
+        stack.callback(self._feeder.close)
+        self._replicas = self._start_replicas(stack)
+        self._progress_at = time.monotonic()
 
     def _start_replicas(self, stack: ExitStack) -> list[Replica]:
         config = self.config.pipeline
@@ -169,7 +174,7 @@ class Captioner:
         shard_index = prepared.chunk.shard_index
         if row.token_ids is None:
             assert row.failure is not None
-            self._file(shard_index, _failed(row.row, row.failure))
+            self._file(shard_index, RowResult.failed(row.row, row.failure))
             return
         self._clock.first_admission()
         images = self._job.image_tokens(row.image_sizes)
@@ -237,7 +242,14 @@ class Captioner:
             else:
                 key: RowKey = request.key
                 failure = RowFailure("engine_error", describe_error(error), stage)
-                self._file(key.shard_index, _failed(key.row, failure, request.attempts), key.images)
+                result = RowResult.failed(
+                    key.row,
+                    failure,
+                    prompt_tokens=len(request.token_ids),
+                    image_tokens=key.image_tokens,
+                    attempts=request.attempts,
+                )
+                self._file(key.shard_index, result, key.images)
 
     def _captioned(self, finished: Finished) -> RowResult:
         request, key = finished.request, finished.request.key
@@ -296,13 +308,17 @@ class Captioner:
         if silent < self.config.pipeline.step_timeout_s:
             return
         stuck = [
-            f"stage {index} of {replica.pipeline.name}"
+            f"stage {index} of {replica.pipeline.name} does not answer"
             for replica in self._replicas
             for index in replica.pipeline.unresponsive()
         ]
+        steps = sum(len(replica.in_flight) for replica in self._replicas)
+        under_way = [f"{steps} steps"] if steps else []
+        under_way += [f"the writing of {self._job.plan.shards[index].part_name}" for index in self._writes.values()]
+        under_way += [f"the preparing of {place}" for place in self._feeder.under_way()]
         raise StageDiedError(
-            f"nothing has come back for {silent:.0f} s; not answering: {', '.join(stuck) or 'none, so a step hangs'}. "
-            "Raise step_timeout_s if a step can take so long"
+            f"nothing has come back for {silent:.0f} s; {', '.join(stuck) or 'all stages answer'}; under way: "
+            f"{', '.join(under_way)}. Raise step_timeout_s if this can take so long"
         )
 
     # The end
@@ -311,7 +327,7 @@ class Captioner:
         counts = self._tracker.status_counts
         totals, clock, config = self._tracker.totals, self._clock, self.config.pipeline
         seconds = clock.working_seconds
-        busy = np.mean([replica.pipeline.busy_seconds() for replica in self._replicas], axis=0)
+        busy = [replica.pipeline.busy_seconds() for replica in self._replicas] or [[0.0] * config.stages]
         return CaptionSummary(
             rows=sum(counts.values()),
             ok=counts.get(OK, 0),
@@ -322,7 +338,7 @@ class Captioner:
             generated_tokens_per_second=totals.tokens / seconds if seconds else 0.0,
             stages=config.stages,
             replicas=config.replicas,
-            stage_busy=[float(b) / seconds if seconds else 0.0 for b in busy],
+            stage_busy=[float(mean) / seconds if seconds else 0.0 for mean in np.mean(busy, axis=0)],
             recoveries=0,
             output=self._job.ledger.output,
             status_counts=counts,
@@ -334,62 +350,3 @@ def sample_key(shard: Shard, row: int) -> int:
     """uint64 that keys a row's random numbers: a hash of its place, whatever the job reads besides."""
     place = f"{shard.file}\0{shard.row_group}\0{row}".encode()
     return int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "little")
-
-
-def _failed(row: int, failure: RowFailure, attempts: int = 1) -> RowResult:
-    return RowResult(
-        row=row,
-        caption=None,
-        status=failure.status,
-        error=failure.error,
-        error_stage=failure.stage,
-        finish_reason=None,
-        prompt_tokens=0,
-        image_tokens=0,
-        completion_tokens=0,
-        attempts=attempts,
-        token_ids=None,
-    )
-
-
-class _Clock:
-    """Where the time of a job goes; all in seconds since it was made."""
-
-    def __init__(self) -> None:
-        self._start = self._lap = time.monotonic()
-        self._first: float | None = None
-        self._last: float | None = None
-        self.laps: dict[str, float] = {}
-
-    def lap(self, name: str, **of_which: float) -> None:
-        """The time since the last lap went to `name`, of which some to named parts."""
-        now = time.monotonic()
-        self.laps[name] = now - self._lap
-        self._lap = now
-        for part, seconds in of_which.items():
-            self.laps[f"{name}: {part}"] = seconds
-
-    def first_admission(self) -> None:
-        """The first row has entered the pipeline."""
-        if self._first is None:
-            self._first = time.monotonic()
-            self.lap("first rows")
-
-    def last_commit(self) -> None:
-        """A part was committed just now."""
-        self._last = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        """So far."""
-        return time.monotonic() - self._start
-
-    @property
-    def startup_seconds(self) -> float:
-        """Until the first admission, or so far."""
-        return self.seconds if self._first is None else self._first - self._start
-
-    @property
-    def working_seconds(self) -> float:
-        """From the first admission to the last commit."""
-        return 0.0 if self._first is None or self._last is None else self._last - self._first

@@ -13,7 +13,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ray_ministral.captioning.batching import Launch
-from ray_ministral.config import PipelineConfig, SamplingConfig, StageOptions
+from ray_ministral.config import STAGE_ENVIRONMENT, PipelineConfig, SamplingConfig, StageOptions
 from ray_ministral.driver.cluster import Resolved
 from ray_ministral.driver.stage_actor import LoadReport, StageStatus
 from ray_ministral.errors import PlacementError, RayMinistralError, StageDiedError
@@ -66,13 +66,7 @@ class Pipeline:
                     num_cpus=resolved.threads,
                     num_gpus=1 if resolved.device == "cuda" else 0,
                     scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
-                    runtime_env={
-                        "env_vars": {
-                            "OMP_NUM_THREADS": str(resolved.threads),
-                            # Spinning threads of one stage would take the cores of the others.
-                            "OMP_WAIT_POLICY": "PASSIVE",
-                        }
-                    },
+                    runtime_env={"env_vars": STAGE_ENVIRONMENT | {"OMP_NUM_THREADS": str(resolved.threads)}},
                 ).remote(options, sampling, config.kv_tokens_per_microbatch)
                 pipeline._actors.append(actor)
             pipeline._loads = [actor.load.remote() for actor in pipeline._actors]

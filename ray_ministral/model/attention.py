@@ -93,7 +93,7 @@ def causal_attention(query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, coun
     """Causal attention within each of `count` sequences of equal length that make up the stream; `[T, H, D]`."""
 
     def split(x: Tensor) -> Tensor:
-        return x.unflatten(0, (count, -1)).transpose(1, 2)
+        return x.view(count, -1, *x.shape[1:]).transpose(1, 2)
 
     out_NHLD: Tensor = scaled_dot_product_attention(
         split(query_THD), split(key_TGD), split(value_TGD), is_causal=True, enable_gqa=True

@@ -195,9 +195,15 @@ class Padded:
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
             "position_ids": self.position_ids,
-            "pixel_values": self.pixel_values,
-            "image_sizes": self.image_sizes,
+            **self.images,
         }
+
+    @property
+    def images(self) -> dict[str, Any]:
+        """Nothing at all where there are none: Hugging Face's `generate` does not take None."""
+        if self.pixel_values is None:
+            return {}
+        return {"pixel_values": self.pixel_values, "image_sizes": self.image_sizes}
 
     @property
     def labels(self) -> torch.Tensor:
