@@ -55,7 +55,8 @@ class KVCache:
         for index, layer in enumerate(self.layers):
             # Zeros, since a masked-out position still enters the products with weight 0: it must be finite.
             grown = layer.new_zeros(2, slots, heads, capacity, dim)
-            kept = layer[:, : plan.num_decode, :, :capacity]
+            # Not the decoding ones alone: a prompt may be half in.
+            kept = layer[:, : plan.num_slots, :, :capacity]
             grown[:, : kept.shape[1], :, : kept.shape[3]] = kept
             self.layers[index] = grown
 

@@ -13,11 +13,10 @@ from itertools import groupby
 from typing import Any, Protocol
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ray_ministral.model.megatron_core import MegatronModule, PackedSeqParams
 from ray_ministral.model.rope import RotaryTables
 
 

@@ -1,6 +1,6 @@
 """The decoder chunk, built from Megatron-core. With `attention`, the only place that knows megatron's API.
 
-megatron-core 0.16 to 0.19: `GPTModel` from the local layer spec with our own core attention; RoPE happens there, so
+It is `GPTModel` from the local layer spec with our own core attention; RoPE happens there, so
 Megatron's own position embedding is off. Groups of one process each stand for tensor and context parallelism.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -17,63 +16,62 @@ import torch
 from torch import distributed
 from torch.distributed.distributed_c10d import ProcessGroupGloo
 
-with warnings.catch_warnings():
-    # megatron-core says on import that Transformer Engine and Apex are absent: they are CUDA extensions we don't use.
-    warnings.simplefilter("ignore")
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
 from ray_ministral.config import StageSpec
 from ray_ministral.model.architecture import Architecture
 from ray_ministral.model.attention import PackedAttention, PackedAttentionParams
+from ray_ministral.model.megatron_core import (
+    GPTModel,
+    ProcessGroupCollection,
+    TransformerConfig,
+    get_gpt_layer_local_spec,
+    quietly,
+)
 
 if TYPE_CHECKING:
     from transformers import Mistral3Config
 
 
+GROUP_TIMEOUT = timedelta(minutes=1)
+
+
 def transformer_config(config: Mistral3Config, stage: StageSpec, dtype: torch.dtype) -> Any:
     """Megatron's config of the chunk `stage`, with every fusion and CUDA path off."""
     text: Any = config.text_config
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a deprecation of Megatron's about its own default for CUDA graphs
-        return TransformerConfig(
-            num_layers=len(stage.layers),
-            hidden_size=text.hidden_size,
-            ffn_hidden_size=text.intermediate_size,
-            num_attention_heads=text.num_attention_heads,
-            num_query_groups=text.num_key_value_heads,
-            kv_channels=text.head_dim,
-            normalization="RMSNorm",
-            layernorm_epsilon=text.rms_norm_eps,
-            activation_func=torch.nn.functional.silu,
-            gated_linear_unit=True,
-            add_bias_linear=False,
-            add_qkv_bias=False,
-            hidden_dropout=0.0,
-            attention_dropout=0.0,
-            params_dtype=dtype,
-            pipeline_dtype=dtype,
-            bf16=dtype == torch.bfloat16,
-            use_cpu_initialization=True,
-            perform_initialization=False,
-            bias_activation_fusion=False,
-            bias_dropout_fusion=False,
-            masked_softmax_fusion=False,
-            apply_rope_fusion=False,
-            gradient_accumulation_fusion=False,
-            persist_layer_norm=False,
-        )
+    return TransformerConfig(
+        num_layers=len(stage.layers),
+        hidden_size=text.hidden_size,
+        ffn_hidden_size=text.intermediate_size,
+        num_attention_heads=text.num_attention_heads,
+        num_query_groups=text.num_key_value_heads,
+        kv_channels=text.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=text.rms_norm_eps,
+        activation_func=torch.nn.functional.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        add_qkv_bias=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+    )
 
 
 def build_language_model(config: Mistral3Config, stage: StageSpec, dtype: torch.dtype, device: torch.device) -> Any:
     """A `GPTModel` with the layers of `stage`; parameters are allocated on `device` and not initialised."""
     arch = Architecture.from_config(config)
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    spec.submodules.self_attention.submodules.core_attention = PackedAttention
-    with torch.device(device), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Megatron's deprecations of how its own layers call one another
+    with torch.device(device), quietly():
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+        spec.submodules.self_attention.submodules.core_attention = PackedAttention
         model = GPTModel(
             config=transformer_config(config, stage, dtype),
             transformer_layer_spec=spec,
@@ -87,9 +85,6 @@ def build_language_model(config: Mistral3Config, stage: StageSpec, dtype: torch.
             pg_collection=groups_of_one(),
         )
     return model.to(dtype)
-
-
-GROUP_TIMEOUT = timedelta(minutes=1)
 
 
 @cache
@@ -125,16 +120,20 @@ def run_layers(model: Any, hidden_T1H: torch.Tensor | None, params: PackedAttent
 
     `hidden_T1H` None takes what `set_input_tensor` was given, once: a tensor is not used for two batches.
     """
+    given, model.decoder.input_tensor = model.decoder.input_tensor, None
     if hidden_T1H is None:
-        given = model.decoder.input_tensor
         tokens = params.rotary.cos_TD.shape[0] if params.rotary is not None else 0
-        if given is None or given.shape[0] != tokens:
+        wanted = (tokens, 1, model.config.hidden_size)
+        if given is None or tuple(given.shape) != wanted:
             raise ValueError(
                 f"this stage got hidden states of shape {None if given is None else tuple(given.shape)}, wanted "
-                f"[{tokens}, 1, {model.config.hidden_size}]: call set_input_tensor with the output of the stage before"
+                f"{list(wanted)}: call set_input_tensor with the output of the stage before"
             )
-    output: torch.Tensor = model.decoder(hidden_states=hidden_T1H, attention_mask=None, packed_seq_params=params)
-    model.decoder.input_tensor = None
+        model.decoder.input_tensor = given
+    try:
+        output: torch.Tensor = model.decoder(hidden_states=hidden_T1H, attention_mask=None, packed_seq_params=params)
+    finally:
+        model.decoder.input_tensor = None
     return output
 
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -20,6 +19,7 @@ from ray_ministral.config import StageSpec
 from ray_ministral.model import language, vision
 from ray_ministral.model.architecture import Architecture, check_config
 from ray_ministral.model.attention import CausalAttention, PackedAttentionParams
+from ray_ministral.model.megatron_core import MegatronModule
 from ray_ministral.model.packed import PackedBatch, Padding
 from ray_ministral.model.rope import Rotary
 

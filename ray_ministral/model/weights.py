@@ -32,6 +32,8 @@ from ray_ministral.model.ministral3 import Ministral3Model
 if TYPE_CHECKING:
     from transformers import Mistral3Config
 
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
 DEQUANTIZE_ROWS = 4096
 """Rows of an fp8 tensor that are held in fp32 at a time."""
 
@@ -214,7 +216,11 @@ def save_chunk(model: Ministral3Model, directory: str | os.PathLike[str], part: 
 
 
 def finish_save(config: Mistral3Config, directory: str | os.PathLike[str], weight_map: dict[str, str]) -> None:
-    """Write the index over all chunks' files, and config.json (without the quantisation that was undone on loading)."""
+    """Write the index over all chunks' files, and config.json.
+
+    The config does not say any more how the weights came: no quantisation, which was undone on loading, and the dtype
+    that they have now (`from_pretrained` would cast them to the one of old).
+    """
     total = 0
     for file_name in set(weight_map.values()):
         total += os.path.getsize(os.path.join(directory, file_name))
@@ -223,5 +229,18 @@ def finish_save(config: Mistral3Config, directory: str | os.PathLike[str], weigh
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    dtype = _DTYPES[Checkpoint.open(directory).tensors[EMBEDDING].dtype]
+    for section in (config, config.text_config, config.vision_config):
+        section.dtype = dtype  # type: ignore[union-attr]
+    dtype = _saved_dtype(os.path.join(directory, next(iter(weight_map.values()))))
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = dtype  # type: ignore[union-attr]
     config.architectures = ["Mistral3ForConditionalGeneration"]
     config.save_pretrained(directory)
+
+
+def _saved_dtype(path: str) -> torch.dtype:
+    """The dtype of a file that `save_chunk` wrote: `from_pretrained` casts to what config.json says."""
+    with _opened(path) as file:
+        tensor: Tensor = file.get_tensor(next(iter(file.keys())))
+        return tensor.dtype

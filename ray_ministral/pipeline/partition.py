@@ -95,7 +95,7 @@ class Partition:
 
     @classmethod
     def balanced(cls, costs: Costs, num_stages: int) -> Partition:
-        """The split whose dearest stage is cheapest; among equals the one with the least sum of squared costs."""
+        """The split whose dearest stage is cheapest; of equal layers, the most even one of these."""
         num_layers = len(costs.layers)
         if not 1 <= num_stages <= num_layers:
             raise ConfigError(
