@@ -122,6 +122,7 @@ def load_chunk(
     vp_stage: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    share_output_layer: bool = True,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Ministral3Model:
     """A chunk with its weights, of which only its own are read.
@@ -135,7 +136,15 @@ def load_chunk(
     config = as_stored(config, checkpoint)
     pre_process, post_process = (True, True) if stage is None else (stage.is_first, stage.is_last)
     model = Ministral3Model(
-        config, pre_process, post_process, vp_stage, stage=stage, dtype=dtype, device=device, initialize=False
+        config,
+        pre_process,
+        post_process,
+        vp_stage,
+        stage=stage,
+        dtype=dtype,
+        device=device,
+        initialize=False,
+        share_output_layer=share_output_layer,
     )
     tied = is_tied(config)
     sources = [
@@ -244,3 +253,11 @@ def _saved_dtype(path: str) -> torch.dtype:
     with _opened(path) as file:
         tensor: Tensor = file.get_tensor(next(iter(file.keys())))
         return tensor.dtype
+
+
+def parameter_names(model: Ministral3Model) -> dict[str, nn.Parameter]:
+    """Every parameter of a chunk once, by the global name of its tensor; of a fused one, by the name of the first."""
+    names: dict[nn.Parameter, str] = {}
+    for name, slot in tensor_slots(model).items():
+        names.setdefault(slot.parameter, name)
+    return {name: parameter for parameter, name in names.items()}
