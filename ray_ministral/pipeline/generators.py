@@ -99,7 +99,11 @@ def make_schedule(
     """
     if name not in SCHEDULES:
         raise ConfigError(f"--schedule {name} is not known: use one of {', '.join(SCHEDULES)}")
-    for option, number in (("--stages", stages), ("--chunks-per-stage", chunks_per_stage), ("microbatches", microbatches)):
+    for option, number in (
+        ("--stages", stages),
+        ("--chunks-per-stage", chunks_per_stage),
+        ("microbatches", microbatches),
+    ):
         if number < 1:
             raise ConfigError(f"{option} must be at least 1, got {number}")
     if name == "interleaved" and chunks_per_stage == 1:

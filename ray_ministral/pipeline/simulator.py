@@ -54,6 +54,13 @@ class Durations:
         handling: float = 0,
     ) -> Durations:
         """From the whole backward and the part of it that the gradients of the weights take; splitting is free."""
+        if not len(forward) == len(backward) == len(weight):
+            raise ValueError(f"got {len(forward)} forward, {len(backward)} backward and {len(weight)} weight durations")
+        if any(part > whole for whole, part in zip(backward, weight, strict=True)):
+            raise ValueError(
+                f"the weight part {list(weight)} cannot be longer than the whole backward {list(backward)}: "
+                "give the backward with its weight part"
+            )
         split = tuple(whole - part for whole, part in zip(backward, weight, strict=True))
         return cls(tuple(forward), tuple(backward), split, tuple(weight), transfer, handling)
 

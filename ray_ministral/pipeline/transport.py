@@ -1,11 +1,13 @@
 """How an activation or a gradient gets from one stage to another, point to point.
 
 `GroupTransport` uses a torch.distributed process group of one pipeline and one generation: gloo on CPU, NCCL on GPUs.
-Shapes are known from the plan and never exchanged. A peer that dies or hangs is an error after the group's time-out.
+Shapes are known from the plan and never exchanged. A peer that dies is an error at once, one that hangs after the
+group's time-out.
 """
 
 from __future__ import annotations
 
+import socket
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -38,28 +40,6 @@ class GroupTransport:
         self._device = device
         self._sending: list[tuple[Any, Tensor]] = []
 
-    @classmethod
-    def join(
-        cls, *, host: str, port: int, generation: int, stage: int, num_stages: int, device: torch.device, timeout_s: float
-    ) -> GroupTransport:
-        """Meet the other stages of this generation at the store on `host` (stage 0 serves it) and make the group."""
-        timeout = timedelta(seconds=timeout_s)
-        server = TCPStore(host, port, num_stages, is_master=stage == 0, timeout=timeout, wait_for_workers=False)
-        store = PrefixStore(f"generation-{generation}", server)
-        if device.type == "cuda":
-            from torch.distributed import ProcessGroupNCCL
-
-            options = ProcessGroupNCCL.Options()
-            options._timeout = timeout
-            group: Any = ProcessGroupNCCL(store, stage, num_stages, options)
-        else:
-            from torch.distributed import ProcessGroupGloo
-
-            group = ProcessGroupGloo(store, stage, num_stages, timeout)
-        transport = cls(group, device)
-        transport._store = server  # type: ignore[attr-defined]  # it must live as long as the group
-        return transport
-
     def send(self, tensor: Tensor, to_stage: int, tag: int) -> None:
         """See `Transport`. The work object is kept: gloo silently loses a message whose work is dropped."""
         tensor = tensor.detach().contiguous()
@@ -77,3 +57,46 @@ class GroupTransport:
         for work, _ in self._sending:
             work.wait()
         self._sending.clear()
+
+
+def serve_store(host: str, timeout_s: float) -> TCPStore:
+    """The store at which the processes of a pipeline meet, listening on `host` alone; its port is `.port`."""
+    listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    port = listener.getsockname()[1]
+    # The store takes the socket over, so that it never listens on any other interface.
+    return TCPStore(
+        host,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_s),
+        master_listen_fd=listener.detach(),
+    )
+
+
+def join_store(host: str, port: int, timeout_s: float) -> TCPStore:
+    """A client of the store that another process serves."""
+    return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+
+
+def make_group(
+    store: Any, name: str, rank: int, size: int, *, device: torch.device, host: str, timeout_s: float
+) -> Any:
+    """A process group of its own, apart from torch's default group: NCCL for GPUs, else gloo bound to this `host`.
+
+    `name` has to be new for each group, so it has the generation in it.
+    """
+    prefixed = PrefixStore(name, store)
+    if device.type == "cuda":
+        from torch.distributed import ProcessGroupNCCL
+
+        options = ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=timeout_s)
+        return ProcessGroupNCCL(prefixed, rank, size, options)
+    from torch.distributed import ProcessGroupGloo
+
+    gloo: Any = ProcessGroupGloo
+    options = gloo._Options()
+    options._devices = [gloo.create_device(hostname=host)]
+    options._timeout = timedelta(seconds=timeout_s)
+    return gloo(prefixed, rank, size, options)

@@ -122,8 +122,9 @@ def _greedy(bare: Schedule, times: Durations, limits: tuple[int, ...], patience:
             return now, stage, weight
         return None if start is None or action is None else (start, stage, action)
 
-    while choices := [chosen for stage in range(len(stages)) if (chosen := choice(stage))]:
-        start, stage, action = min(choices)
+    choices = [choice(stage) for stage in range(len(stages))]
+    while known := [chosen for chosen in choices if chosen]:
+        start, stage, action = min(known)
         end = start + seconds_in(bare, times, action)
         arrival = end + times.transfer * times.factor(action) + 2 * times.handling
         stages[stage].free = end
@@ -135,4 +136,7 @@ def _greedy(bare: Schedule, times: Durations, limits: tuple[int, ...], patience:
             ready[Action(Kind.B, action.microbatch, stage)] = end
         elif action.kind is Kind.B and stage > 0:
             ready[Action(Kind.B, action.microbatch, stage - 1)] = arrival
+        # Nobody else learned anything new.
+        for near in range(max(0, stage - 1), min(stage + 2, len(stages))):
+            choices[near] = choice(near)
     return [stage.row for stage in stages]
