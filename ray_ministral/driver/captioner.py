@@ -221,7 +221,7 @@ class Captioner:
             self._step_failed(replica, plan, error)
             return
         except RayActorError as error:
-            raise StageDiedError(f"{replica.pipeline.name}: a stage died: {str(error).strip()}") from error
+            raise replica.pipeline.death(error) from error
         except RayError as error:
             raise ClusterError(f"{replica.pipeline.name}: a step was lost: {describe_error(error)}") from error
         for finished in replica.scheduler.complete(plan, tokens):
@@ -231,7 +231,9 @@ class Captioner:
         """The model refused a step: its rows are tried again one by one, and then given up one by one."""
         cause = root_cause(error)
         if isinstance(cause, RayActorError):
-            raise StageDiedError(f"{replica.pipeline.name}: a stage died: {str(cause).strip()}") from error
+            raise replica.pipeline.death(cause) from error
+        if isinstance(cause, RayError):  # no fault of the rows: an object was lost with its node
+            raise ClusterError(f"{replica.pipeline.name}: a step was lost: {describe_error(error)}") from error
         logger.warning("%s: step %d failed: %s", replica.pipeline.name, plan.step, describe_error(error))
         stage = "prefill" if plan.prefills else "decode_token"
         for request in replica.scheduler.fail(plan):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -120,6 +121,19 @@ class Pipeline:
         """Stages whose health group does not answer."""
         return [index for index, status in enumerate(self._ask("status", HEALTH_TIMEOUT_S)) if status is None]
 
+    def death(self, error: RayActorError) -> StageDiedError:
+        """What to raise for a stage that has died: which one, where, and Ray's reason, in one line."""
+        index = next((i for i, actor in enumerate(self._actors) if actor._actor_id.hex() == error.actor_id), None)
+        stage = "a stage" if index is None else f"stage {index}"
+        where = re.search(r"\spid: (\d+).*\sip: (\S+)", str(error), re.DOTALL)
+        process = f" (process {where[1]} on {where[2]})" if where else ""
+        # Ray's last line has its reason, and then what commonly causes such a thing.
+        reason = str(error).strip().splitlines()[-1].partition(" Some common causes")[0]
+        return StageDiedError(
+            f"{stage} of {self.name} died{process}: {reason.rstrip('.')}. Its log in Ray's session folder may say "
+            "more; a process that was killed without a word was often short of memory: try more --stages"
+        )
+
     def close(self) -> None:
         """End the actors and give the room back. Never raises: it runs while something else is being raised."""
         for actor in self._actors:
@@ -146,7 +160,7 @@ class Pipeline:
                         raise cause from None
                     raise StageDiedError(f"{self.name}: stage {index} cannot load: {describe_error(error)}") from error
                 except RayActorError as error:
-                    raise StageDiedError(f"{self.name}: stage {index} died while it started: {error}") from error
+                    raise self.death(error) from error
 
 
 def root_cause(error: BaseException) -> BaseException:

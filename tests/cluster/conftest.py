@@ -1,4 +1,4 @@
-"""What the cluster tests share: one local Ray cluster, a copy of the small model, and input files with all kinds of rows."""
+"""What the cluster tests share: a local Ray cluster, a copy of the small model, input files with all kinds of rows."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def cluster() -> Iterator[None]:
         # Workers import the package and the tests' own actor classes from here.
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))
         patch.setenv("RAY_TMPDIR", str(folder))
-        # A token of its own: nothing is read from or left in the home directory. (The mode was read when Ray was imported.)
+        # A token of its own: nothing is read from or left in the home directory. (The mode was read on import of Ray.)
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
         patch.delenv("RAY_ADDRESS", raising=False)
         try:

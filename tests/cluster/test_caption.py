@@ -16,7 +16,7 @@ import ray
 from ray_ministral import caption
 from ray_ministral.data.columns import output_columns
 from ray_ministral.driver.summary import CaptionSummary
-from tests.cluster.inputs import BAD_ALBUMS, BAD_PICTURES, GOOD_ROWS, make_config, read_output, rows_of
+from tests.cluster.inputs import BAD_ALBUMS, BAD_PICTURES, make_config, read_output, rows_of
 
 pytestmark = pytest.mark.usefixtures("clean_cluster")
 
@@ -206,5 +206,4 @@ def test_limit_columns_prompt_column_and_stop(cluster: None, model: Path, pictur
             assert row["finish_reason"] == "stop" or row["completion_tokens"] == 24
     assert {row["finish_reason"] for row in rows if row["status"] == "ok"} >= {"stop"}
     assert summary.rows == 30
-    assert GOOD_ROWS > 30 - len(wanted), "the limit does limit something"
     assert ray.is_initialized(), "a cluster that the caller has joined is left as it is"

@@ -144,8 +144,8 @@ def generate(
                 eos_token_id=list(stop_ids) or None,
                 pad_token_id=PAD_TOKEN,
             )
-        for ids in output[:, padded.input_ids.shape[1] :].tolist():
-            captions.append(until_stop(ids, stop_ids))
+        generated = output[:, padded.input_ids.shape[1] :].tolist()
+        captions += [until_stop(ids, stop_ids) for ids in generated]
     return captions
 
 

@@ -148,7 +148,7 @@ def normalise(image: np.ndarray) -> torch.Tensor:
 
 
 def make_row(generator: np.random.Generator, text: int, sizes: Sequence[tuple[int, int]] = ()) -> Row:
-    """A row of `text` random text tokens around images of `sizes`, (height, width) in image tokens, in random places."""
+    """A row of `text` random text tokens, in random places among them images of `sizes`: (height, width) in tokens."""
     pieces: list[list[int]] = [[1, 3]]
     cuts = sorted(generator.integers(0, text + 1, len(sizes)).tolist())
     words = generator.integers(20, VOCABULARY, text).tolist()

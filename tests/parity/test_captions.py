@@ -61,9 +61,7 @@ def test_hugging_face_agrees_with_itself(expected: list[list[int]], reference: A
 
 @pytest.mark.parametrize("rows_per_microbatch", [1, 3, 32])
 @pytest.mark.parametrize("split", SPLITS, ids=str)
-def test_greedy(
-    split: tuple[int, ...], rows_per_microbatch: int, expected: Any, stop_ids: Any, directory: Any
-) -> None:
+def test_greedy(split: tuple[int, ...], rows_per_microbatch: int, expected: Any, stop_ids: Any, directory: Any) -> None:
     run = caption(
         directory(),
         many_rows(),
@@ -343,9 +341,13 @@ def test_seed_and_key_matter(sampled: Run, directory: Any) -> None:
     rows, keys = many_rows()[:4], keys_of(many_rows())[:4]
     usual = sampled.captions[:4]
     reseeded = SamplingConfig(max_new_tokens=NEW, temperature=1.3, top_k=40, top_p=0.9, seed=8)
-    assert all(a != b for a, b in zip(caption(directory(), rows, sampling=reseeded, keys=keys).captions, usual, strict=True))
+    assert all(
+        a != b for a, b in zip(caption(directory(), rows, sampling=reseeded, keys=keys).captions, usual, strict=True)
+    )
     other = [key - 1 for key in keys]
-    assert all(a != b for a, b in zip(caption(directory(), rows, sampling=SAMPLED, keys=other).captions, usual, strict=True))
+    assert all(
+        a != b for a, b in zip(caption(directory(), rows, sampling=SAMPLED, keys=other).captions, usual, strict=True)
+    )
 
 
 def test_top_k_of_one_is_greedy(expected: Any, directory: Any) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +17,17 @@ from ray_ministral.model.ministral3 import Ministral3Model
 from ray_ministral.model.packed import PackedBatch
 from ray_ministral.model.weights import load_chunk, read_tensors
 from tests.parity.small_models import (
-    YARN,
-    save_directory,
-    small_config,
-    small_model,
     IMAGE_TOKEN,
     MERGED_PATCH,
+    YARN,
     Padded,
     Row,
     mixed_rows,
     pad_images,
     pad_rows,
+    save_directory,
+    small_config,
+    small_model,
 )
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
@@ -46,7 +49,9 @@ def assert_gradients_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torc
     for name, gradient in theirs.items():
         scale = float(gradient.abs().max())
         assert scale > 0, f"{name} has a gradient of zero, so this proves nothing"
-        torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-4 * scale, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            ours[name], gradient, rtol=1e-3, atol=1e-4 * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def packed(rows: list[Row], **options: Any) -> PackedBatch:
@@ -126,7 +131,6 @@ def test_text_only_batch(reference: Any, directory: Any) -> None:
 @pytest.mark.parametrize("beta", [None, 0.0, 0.3])
 def test_query_scale(beta: float | None, tmp_path: Path) -> None:
 
-
     rope = {**YARN, "llama_4_scaling_beta": 0.0 if beta is None else beta, "original_max_position_embeddings": 8}
     theirs = small_model(small_config(rope=rope))
     ours = load_chunk(save_directory(theirs, tmp_path / "model"))
@@ -138,6 +142,59 @@ def test_query_scale(beta: float | None, tmp_path: Path) -> None:
     row = mixed_rows()[4]
     with torch.no_grad():
         torch.testing.assert_close(ours(packed=packed([row])), single_logits(theirs, row), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mscale": 1.0, "mscale_all_dim": 0.5},
+        {"mscale": None, "mscale_all_dim": None},
+        {"attention_factor": 0.7},
+        {"factor": 4.0, "beta_fast": 4.0, "beta_slow": 0.5},
+    ],
+    ids=str,
+)
+def test_yarn_variants(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Where YaRN scales the rotary tables, too: the published models have factors that cancel out."""
+    rope = {key: value for key, value in (YARN | changes).items() if value is not None}
+    theirs = small_model(small_config(rope=rope))
+    ours = load_chunk(save_directory(theirs, tmp_path / "model"))
+    row = mixed_rows()[4]
+    expected = single_logits(theirs, row)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(packed=packed([row])), expected, **CLOSE)
+        usual = small_model(small_config())
+        assert (single_logits(usual, row) - expected).abs().max() > 1e-3, "the change changes nothing"
+
+
+def test_rope_as_older_configs_say_it(directory: Any, reference: Any, tmp_path: Path) -> None:
+    """`rope_scaling` with `type`, and `rope_theta` beside it."""
+    folder = Path(shutil.copytree(directory(), tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    rope = config["text_config"].pop("rope_parameters")
+    config["text_config"]["rope_theta"] = rope.pop("rope_theta")
+    config["text_config"]["rope_scaling"] = {"type": rope.pop("rope_type"), **rope}
+    (folder / "config.json").write_text(json.dumps(config))
+    row = mixed_rows()[4]
+    with torch.no_grad():
+        logits = load_chunk(folder)(packed=packed([row]))
+    torch.testing.assert_close(logits, single_logits(reference(), row), **CLOSE)
+
+
+def test_bfloat16_is_as_near_to_the_truth_as_hugging_face(directory: Any, reference: Any) -> None:
+    """Rounding differs in its details, so both are held against fp32."""
+    batch = pad_rows(mixed_rows())
+    mask = batch.attention_mask.bool()
+    theirs = copy.deepcopy(reference()).to(torch.bfloat16)
+    for module, original in zip(theirs.modules(), reference().modules(), strict=True):
+        if hasattr(module, "inv_freq"):  # `from_pretrained` keeps it in fp32, `to` does not
+            module.inv_freq = original.inv_freq
+    with torch.no_grad():
+        truth = reference()(**batch.arguments).logits[mask]
+        their_error = (theirs(**batch.arguments).logits[mask].float() - truth).pow(2).mean().sqrt()
+        logits = load_chunk(directory(), dtype=torch.bfloat16)(**batch.arguments)[mask]
+    assert logits.dtype == torch.bfloat16
+    assert 0 < (logits.float() - truth).pow(2).mean().sqrt() < 1.2 * their_error
 
 
 def run_backward(model: Any, batch: Padded, **extra: Any) -> torch.Tensor:
@@ -280,7 +337,6 @@ def test_image_features(max_patches: int, reference: Any, directory: Any, monkey
 # 0 means the same as -3 here, and Hugging Face fails on it.
 @pytest.mark.parametrize("layer", [-1, -2, -3, 1, 2])
 def test_vision_feature_layer(layer: int, tmp_path: Path) -> None:
-
 
     theirs = small_model(small_config(vision_feature_layer=layer))
     ours = load_chunk(save_directory(theirs, tmp_path / "model"))

@@ -51,7 +51,9 @@ def chain(folder: Any, split: Sequence[int], batch: PackedBatch, dtype: torch.dt
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("split", SPLITS, ids=str)
-def test_packed_logits_are_the_same_bits(split: tuple[int, ...], tied: bool, dtype: torch.dtype, directory: Any) -> None:
+def test_packed_logits_are_the_same_bits(
+    split: tuple[int, ...], tied: bool, dtype: torch.dtype, directory: Any
+) -> None:
     batch = packed(mixed_rows())
     whole = chain(directory(tied=tied), (4,), batch, dtype)
     assert torch.isfinite(whole).all()

@@ -378,7 +378,9 @@ def test_a_tensor_stored_twice(copy: Any) -> None:
 def test_fp8_without_scale(copy: Any) -> None:
     folder = copy()
     rewrite(folder, to_fp8)
-    rewrite(folder, lambda tensors: {n: t for n, t in tensors.items() if n != f"{LAYER_2}.mlp.up_proj.weight_scale_inv"})
+    rewrite(
+        folder, lambda tensors: {n: t for n, t in tensors.items() if n != f"{LAYER_2}.mlp.up_proj.weight_scale_inv"}
+    )
     edit_config(folder, say_fp8)
     assert "model.language_model.layers.2.mlp.up_proj.weight" in problem(folder)
 

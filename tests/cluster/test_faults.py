@@ -1,0 +1,262 @@
+"""Stages, preparing workers and model steps that fail while a job runs on a real cluster.
+
+The faults are in actor classes given to `caption` in place of its own, so that each strikes at a certain moment.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from ray_ministral import caption
+from ray_ministral.captioning import prepare as prepare_module
+from ray_ministral.driver import pipeline as pipeline_module
+from ray_ministral.driver import tasks
+from ray_ministral.driver.stage_actor import HEALTH, StageActor
+from ray_ministral.driver.summary import CaptionSummary
+from ray_ministral.errors import PlacementError, StageDiedError, TooManyErrorsError
+from tests.cluster.inputs import BAD_PICTURES, GOOD_ROWS, make_config, picture, read_output, rows_of
+from tests.cluster.processes import is_alive, wait_for
+
+pytestmark = pytest.mark.usefixtures("clean_cluster")
+
+
+def remote(kind: type[StageActor]) -> Any:
+    """As `stage_actor_class` does it."""
+    make: Any = ray.remote
+    return make(max_restarts=0, max_task_retries=0, concurrency_groups={HEALTH: 1})(kind)
+
+
+def striking(pid_file: Path, *, stage: int, at: str, strike: Callable[[], None]) -> Any:
+    """An actor class of whose stages one, in `load` or in its third step (`at`), writes down its pid and is struck."""
+
+    class Struck(StageActor):
+        def _strike(self) -> None:
+            pid_file.write_text(str(os.getpid()))
+            strike()
+
+        def _is_the_one(self) -> bool:
+            spec = self._arguments[0].spec
+            return bool(spec.is_first) if stage == 0 else bool(spec.is_last)
+
+        def load(self) -> Any:
+            if at == "load" and self._is_the_one():
+                self._strike()
+            return super().load()
+
+        def step(self, plan: Any, hidden: Any, *blocks: Any) -> Any:
+            if at == "step" and self._is_the_one() and plan.step >= 3:
+                self._strike()
+            return super().step(plan, hidden, *blocks)
+
+    return remote(Struck)
+
+
+def kill_oneself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop_oneself() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    cluster: None, model: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[CaptionSummary, Path]:
+    """The pictures captioned without any fault."""
+    output = tmp_path_factory.mktemp("undisturbed")
+    return caption(make_config(model, pictures, output, stages=2)), output
+
+
+def gone(pid_file: Path) -> Callable[[], bool]:
+    return lambda: not is_alive(int(pid_file.read_text()))
+
+
+@pytest.mark.parametrize(("stage", "at"), [(1, "load"), (0, "step"), (1, "step")])
+def test_a_dead_stage_is_named_and_the_job_goes_on_later(
+    undisturbed: tuple[CaptionSummary, Path], model: Path, pictures: Path, tmp_path: Path, stage: int, at: str
+) -> None:
+    config = make_config(model, pictures, tmp_path / "out", stages=2)
+    actor = striking(tmp_path / "pid", stage=stage, at=at, strike=kill_oneself)
+    with pytest.raises(StageDiedError) as raised:
+        caption(config, stage_actor=actor)
+    assert f"stage {stage} of replica 0" in str(raised.value)
+    assert len(str(raised.value).splitlines()) == 1, "the command line shows it as one line"
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+    if at == "load":
+        return
+    summary = caption(config)
+    assert summary.ok == GOOD_ROWS
+    assert read_output(tmp_path / "out").equals(read_output(undisturbed[1]))
+
+
+def test_a_stage_that_is_stopped_is_named_and_killed(
+    cluster: None, model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline_module, "HEALTH_TIMEOUT_S", 3.0)
+    config = make_config(model, pictures, tmp_path / "out", stages=2, step_timeout_s=5.0)
+    actor = striking(tmp_path / "pid", stage=1, at="step", strike=stop_oneself)
+    with pytest.raises(StageDiedError, match="stage 1 of replica 0") as raised:
+        caption(config, stage_actor=actor)
+    assert "step_timeout_s" in str(raised.value)
+    wait_for(gone(tmp_path / "pid"), 15, lambda: "the stopped stage is still there")
+
+
+def test_a_stage_that_is_stopped_while_it_starts_is_killed(
+    cluster: None, model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    config = make_config(model, pictures, tmp_path / "out", stages=1, start_timeout_s=3.0)
+    actor = striking(tmp_path / "pid", stage=0, at="load", strike=stop_oneself)
+    with pytest.raises(StageDiedError, match="start_timeout_s"):
+        caption(config, stage_actor=actor)
+    wait_for(gone(tmp_path / "pid"), 15, lambda: "the stopped stage is still there")
+
+
+def poisoned(places: set[tuple[int, ...]], *, fuse: Path | None = None) -> Any:
+    """An actor class whose last stage refuses every step that has a prompt with one of these numbers of tokens.
+
+    With a `fuse`, a file, it does so only as long as the file is there.
+    """
+
+    class Poisoned(StageActor):
+        def step(self, plan: Any, hidden: Any, *blocks: Any) -> Any:
+            lengths = {piece.length for piece in plan.prefills}
+            if self._arguments[0].spec.is_last and lengths & places and (fuse is None or fuse.exists()):
+                raise FloatingPointError("these tokens taste bad")
+            return super().step(plan, hidden, *blocks)
+
+    return remote(Poisoned)
+
+
+@pytest.fixture(scope="module")
+def poison(undisturbed: tuple[CaptionSummary, Path]) -> tuple[set[int], int]:
+    """The row with the longest prompt (or several that share it) and that length."""
+    rows = [row for row in rows_of(undisturbed[1]) if row["status"] == "ok"]
+    longest = max(row["prompt_tokens"] for row in rows)
+    found = {row["id"] for row in rows if row["prompt_tokens"] == longest}
+    assert 1 <= len(found) < len(rows) / 2
+    return found, longest
+
+
+def without(rows: list[dict[str, Any]], ids: set[int]) -> list[dict[str, Any]]:
+    """Other rows, without their number of attempts: a neighbour of a bad row is tried twice, too."""
+    return [{key: row[key] for key in row if key != "attempts"} for row in rows if row["id"] not in ids]
+
+
+def test_a_step_that_fails_costs_only_the_rows_at_fault_and_they_can_be_retried(
+    undisturbed: tuple[CaptionSummary, Path],
+    poison: tuple[set[int], int],
+    model: Path,
+    pictures: Path,
+    tmp_path: Path,
+) -> None:
+    ids, length = poison
+    fuse = tmp_path / "fuse"
+    fuse.touch()
+    actor = poisoned({length}, fuse=fuse)
+    config = make_config(model, pictures, tmp_path / "out", stages=2)
+    summary = caption(config, stage_actor=actor)
+    rows, expected = rows_of(tmp_path / "out"), rows_of(undisturbed[1])
+    bad = [row for row in rows if row["id"] in ids]
+    assert {row["status"] for row in bad} == {"engine_error"}
+    assert {row["attempts"] for row in bad} == {2}
+    assert {row["error_stage"] for row in bad} == {"prefill"}
+    assert all("FloatingPointError: these tokens taste bad" in row["error"] for row in bad)
+    assert without(rows, ids) == without(expected, ids)
+    assert summary.status_counts["engine_error"] == len(ids)
+
+    # The fault passes. Only the failed rows are done again, and the broken pictures are as broken as before.
+    fuse.unlink()
+    before = {part.name: part.stat().st_mtime_ns for part in (tmp_path / "out").glob("part-*")}
+    retry = make_config(model, pictures, tmp_path / "out", stages=2, retry_failed=True)
+    summary = caption(retry, stage_actor=actor)
+    after = rows_of(tmp_path / "out")
+    assert without(after, set()) == without(expected, set())
+    first_attempts = {row["id"]: row["attempts"] for row in rows}
+    for row in after:
+        again = row["id"] in ids or row["source_row"] + 23 * row["source_row_group"] in BAD_PICTURES
+        assert row["attempts"] == first_attempts[row["id"]] + again, row
+    touched = {part.name for part in (tmp_path / "out").glob("part-*") if part.stat().st_mtime_ns != before[part.name]}
+    failed_parts = {
+        f"part-00000-{row['source_row_group']:05d}-{row['source_row'] // 8 * 8:08d}.parquet"
+        for row in rows
+        if row["status"] != "ok"
+    }
+    assert touched == failed_parts
+    assert (summary.ok, summary.errors) == (GOOD_ROWS, len(BAD_PICTURES))
+    assert (tmp_path / "out" / "_SUCCESS").exists()
+
+
+def deadly(image: bytes, marks: Path, *, once: bool) -> Any:
+    """`tasks.prepare` in which the decoder ends its process at one image, and leaves a mark each time."""
+
+    @ray.remote(num_cpus=0, num_returns="streaming", max_retries=0)
+    def prepare(*arguments: Any) -> Iterator[Any]:
+        original = prepare_module.open_image
+
+        def open_image(data: bytes, limits: Any) -> Any:
+            if data == image and not (once and any(marks.iterdir())):
+                (marks / str(time.monotonic_ns())).touch()
+                os._exit(1)
+            return original(data, limits)
+
+        prepare_module.open_image = open_image
+        try:
+            shards, *others = arguments
+            yield from tasks._preparer(*others).chunks(shards)
+        finally:
+            prepare_module.open_image = original
+
+    return prepare
+
+
+@pytest.mark.parametrize("once", [False, True], ids=["always", "once"])
+def test_a_decoder_that_crashes_costs_its_row_only(
+    undisturbed: tuple[CaptionSummary, Path],
+    model: Path,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    once: bool,
+) -> None:
+    (tmp_path / "marks").mkdir()
+    monkeypatch.setattr(tasks, "prepare", deadly(picture(20), tmp_path / "marks", once=once))
+    summary = caption(make_config(model, pictures, tmp_path / "out", stages=1))
+    expected = rows_of(undisturbed[1])
+    rows = rows_of(tmp_path / "out")
+    assert len(list((tmp_path / "marks").iterdir())) == (1 if once else 2), "alone it is tried once more"
+    if once:
+        assert rows == expected
+    else:
+        assert [row["id"] for row in rows if row["status"] == "engine_error"] == [1020]
+        (bad,) = [row for row in rows if row["id"] == 1020]
+        assert "the worker that prepared this row died" in bad["error"]
+        assert bad["error_stage"] == "decode"
+        assert bad["caption"] is None
+        assert without(rows, {1020}) == without(expected, {1020})
+    assert summary.rows == len(rows) == len(expected)
+
+
+def test_too_many_errors_leave_nothing_behind(cluster: None, model: Path, pictures: Path, tmp_path: Path) -> None:
+    config = make_config(model, pictures, tmp_path / "out", stages=1, max_error_rate=0.05)
+    with pytest.raises(TooManyErrorsError, match=r"^3 of 45 rows failed, more than --max-error-rate 0\.05"):
+        caption(config)
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+
+
+def test_no_room_for_the_stages(cluster: None, model: Path, pictures: Path, tmp_path: Path) -> None:
+    config = make_config(
+        model, pictures, tmp_path / "out", stages=2, threads_per_stage=4, placement_timeout_s=3.0, replicas=1
+    )
+    started = time.monotonic()
+    with pytest.raises(PlacementError, match=r"no room for 2 x 4 CPU within 3 s; .* of 6 CPU free: use fewer --stages"):
+        caption(config)
+    assert time.monotonic() - started < 60
