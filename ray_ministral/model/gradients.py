@@ -39,7 +39,7 @@ class GradientAccumulator:
     def _linear(self, input: Tensor, weight: nn.Parameter, *_: Any, **__: Any) -> Tensor:  # noqa: A002  # megatron's name
         """Stands for the product of Megatron's linear layers (which here have neither bias nor parallelism)."""
         if weight.requires_grad and torch.is_grad_enabled():
-            output: Tensor = _Linear.apply(input, weight, self)  # type: ignore[no-untyped-call]
+            output: Tensor = _Linear.apply(input, weight, self)
             return output
         return linear(input, weight)
 

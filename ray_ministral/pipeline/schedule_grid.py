@@ -7,7 +7,7 @@ from ray_ministral.pipeline.simulator import Durations, Timeline, simulate
 
 IDLE = "."
 FILL = {Kind.F: ">", Kind.B: "<", Kind.W: "="}
-"""What fills an action of a proportional grid: where its result goes, to the next stage, the previous one, or nowhere."""
+"""What fills an action drawn to scale: where its result goes (to the next stage, the previous one, or nowhere)."""
 
 
 def render(what: Schedule | Timeline, width: int = 100) -> str:

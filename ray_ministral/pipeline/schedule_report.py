@@ -34,22 +34,23 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m ray_ministral.pipeline.schedule",
         description="Print pipeline schedules as grids and compare their step time, bubble and peak activations.",
     )
-    number = {"type": float, "nargs": "+", "metavar": "X"}
+
+    def numbers(option: str, default: list[float] | None, text: str) -> None:
+        parser.add_argument(option, type=float, nargs="+", default=default, metavar="X", help=text)
+
     parser.add_argument("--stages", type=int, default=4, metavar="N")
     parser.add_argument("--microbatches", type=int, default=8, metavar="N")
     parser.add_argument(
         "--chunks-per-stage", type=int, default=2, metavar="N", help="of interleaved; the others have 1"
     )
-    parser.add_argument(
-        "--forward", default=[1.0], **number, help="of a microbatch; one for all stages, or one a stage"
-    )
-    parser.add_argument("--backward", default=[2.0], **number, help="the whole backward, weights included")
-    parser.add_argument("--weight", default=[1.0], **number, help="the part of the backward that W takes")
+    numbers("--forward", [1.0], "of a microbatch; one for all stages, or one a stage")
+    numbers("--backward", [2.0], "the whole backward, weights included")
+    numbers("--weight", [1.0], "the part of the backward that W takes")
     parser.add_argument("--transfer", type=float, default=0.0, metavar="X", help="from a SEND to the message's arrival")
     parser.add_argument(
         "--handling", type=float, default=0.0, metavar="X", help="a stage is busy in each SEND and RECV"
     )
-    parser.add_argument("--microbatch-scale", **number, help="how much longer than usual each microbatch takes")
+    numbers("--microbatch-scale", None, "how much longer than usual each microbatch takes")
     parser.add_argument("--memory-limit", type=int, metavar="N", help="zero-bubble: microbatches a stage may hold")
     parser.add_argument("--schedule", choices=SCHEDULES, action="append", help="only this one; may be repeated")
     parser.add_argument("--width", type=int, default=100, metavar="N", help="columns of the grids drawn to scale")
@@ -58,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def report(options: argparse.Namespace) -> str:
     """The whole text; `ConfigError` or `ValueError` for options that do not fit."""
+    if options.chunks_per_stage < 1:
+        raise ConfigError(f"--chunks-per-stage must be at least 1, got {options.chunks_per_stage}")
     parts = []
     timelines = []
     for name in options.schedule or SCHEDULES:

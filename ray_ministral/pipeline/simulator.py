@@ -166,7 +166,7 @@ def simulate(
 
     activations: for each chunk what one microbatch's activations weigh (bytes, or 1 for a count, the default).
     kept_for_weights: what is left of that between B and W where the backward is split; the default: all of it.
-    A stage does one thing at a time and waits in RECV; messages between two stages do not overtake one another.
+    A stage does one thing at a time and waits in RECV; messages take `transfer` however many are on the way.
     """
     if len(durations.forward) != schedule.num_chunks:
         raise ScheduleError(
@@ -174,7 +174,6 @@ def simulate(
         )
     clock: list[float] = [0] * schedule.num_stages
     arrival: dict[Action, float] = {}
-    latest: dict[tuple[int, int], float] = {}
     spans: list[list[Span]] = [[] for _ in clock]
     for stage, action in play(schedule):
         if action.kind in COMPUTE:
@@ -185,9 +184,7 @@ def simulate(
             clock[stage] = max(clock[stage], arrival.pop(action)) + durations.handling
         else:
             clock[stage] += durations.handling
-            lane = (stage, schedule.peer(action))
-            arrived = clock[stage] + durations.transfer * durations.factor(action)
-            latest[lane] = arrival[action.partner] = max(arrived, latest.get(lane, 0))
+            arrival[action.partner] = clock[stage] + durations.transfer * durations.factor(action)
     peaks = peak_activations(schedule, activations, kept_for_weights)
     return Timeline(schedule, tuple(tuple(row) for row in spans), peaks)
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed.distributed_c10d import PrefixStore, TCPStore
 
 
 class Transport(Protocol):
@@ -30,6 +30,25 @@ class Transport(Protocol):
     def flush(self) -> None:
         """Wait until everything that was sent has left."""
         ...
+
+
+class Twins(Protocol):
+    """The same stage of all replicas."""
+
+    def add_up(self, tensor: Tensor) -> None:
+        """Replace a tensor by its sum over the replicas; every replica gets the same bits."""
+        ...
+
+
+class GroupTwins:
+    """All-reduce in a process group whose rank is the number of the replica."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+
+    def add_up(self, tensor: Tensor) -> None:
+        """See `Twins`."""
+        self._group.allreduce([tensor]).wait()
 
 
 class GroupTransport:

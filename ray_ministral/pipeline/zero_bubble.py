@@ -51,14 +51,16 @@ def zero_bubble(
 
 
 def _candidates(bare: Schedule, times: Durations, limits: tuple[int, ...]) -> Iterator[list[list[Action]]]:
-    yield _h1(bare, limits)
+    yield _fixed(bare, limits, weights_wait=True)
+    # The order of 1F1B with its W directly after each B: where splitting is free, never slower than 1F1B.
+    yield _fixed(bare, limits, weights_wait=False)
     for patience in PATIENCES:
         yield _greedy(bare, times, limits, patience)
 
 
-def _h1(bare: Schedule, limits: tuple[int, ...]) -> list[list[Action]]:
-    """As many forwards ahead as in 1F1B; the later the stage, the longer its W stay behind its B, for as long as the
-    memory that 1F1B needs on its first stage allows.
+def _fixed(bare: Schedule, limits: tuple[int, ...], *, weights_wait: bool) -> list[list[Action]]:
+    """As many forwards ahead as in 1F1B. In ZB-H1 W then wait: the later the stage, the more W stay behind their B, up
+    to the memory that 1F1B needs on its first stage.
     """
     rows: list[list[Action]] = []
     first, total = bare.first_trainable_chunk, bare.num_microbatches
@@ -70,7 +72,7 @@ def _h1(bare: Schedule, limits: tuple[int, ...]) -> list[list[Action]]:
             continue
         # Never more ahead than the stage before: it would wait for forwards that wait for its own backward.
         ahead = min(ahead, limit, bare.num_stages - stage)
-        behind = min(stage - first, limit - ahead)
+        behind = min(stage - first, limit - ahead) if weights_wait else 0
         row = forward[:ahead]
         for done in range(total):
             row.append(backward[done])
@@ -118,7 +120,7 @@ def _greedy(bare: Schedule, times: Durations, limits: tuple[int, ...], patience:
         # In this order, B comes first of two that could start at the same time.
         coming = [(max(now, ready[a]), a) for kind in (Kind.B, Kind.F) if (a := possible(stage, kind))]
         start, action = min(coming, key=lambda pair: pair[0], default=(None, None))
-        if weight and (start is None or start > now and start - now >= patience * seconds_in(bare, times, weight)):
+        if weight and (start is None or (start > now and start - now >= patience * seconds_in(bare, times, weight))):
             return now, stage, weight
         return None if start is None or action is None else (start, stage, action)
 

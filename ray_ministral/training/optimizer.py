@@ -8,30 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 
+from ray_ministral.config import LearningRateName, OptimizerConfig
 from ray_ministral.errors import ConfigError
 
-LearningRateSchedule = Literal["constant", "cosine", "linear"]
-
-
-@dataclass(frozen=True)
-class AdamWOptions:
-    """What does not change from step to step. No decay on norms and biases (parameters of one dimension)."""
-
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-
-
 class AdamW:
-    """Steps the masters of some parameters; under bf16 the parameters are rounded copies of them."""
+    """Steps the masters of some parameters; under bf16 the parameters are rounded copies of them.
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], options: AdamWOptions) -> None:
+    No decay on norms and biases, which are the parameters of one dimension.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], options: OptimizerConfig) -> None:
         self._parameters = dict(parameters)
         self.masters = {
             name: parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
@@ -43,8 +33,8 @@ class AdamW:
         self._optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]],
             lr=0.0,
-            betas=(options.beta1, options.beta2),
-            eps=options.eps,
+            betas=(options.adam_beta1, options.adam_beta2),
+            eps=options.adam_eps,
             foreach=False,
         )
 
@@ -80,7 +70,7 @@ class LearningRate:
     peak: float
     warmup_steps: int = 0
     total_steps: int | None = None
-    schedule: LearningRateSchedule = "constant"
+    schedule: LearningRateName = "constant"
 
     def __post_init__(self) -> None:
         if self.schedule != "constant" and self.total_steps is None:

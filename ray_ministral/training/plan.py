@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
+from ray_ministral.config import Freezable, OptimizerConfig, StageSpec
 from ray_ministral.pipeline.schedule import Action
 
 IGNORED = -100
 """A target that asks for no prediction."""
+
+
+@dataclass(frozen=True)
+class TrainStageOptions:
+    """What one stage of one replica is made with. Chunks by global number; `freeze` as in `TrainConfig`."""
+
+    model_dir: str
+    chunks: tuple[tuple[int, StageSpec], ...]
+    stage: int
+    num_stages: int
+    num_chunks: int
+    replica: int
+    num_replicas: int
+    device: Literal["cpu", "cuda"]
+    dtype: Literal["float32", "bfloat16"]
+    threads: int
+    optimizer: OptimizerConfig
+    freeze: tuple[Freezable, ...] = ()
+    lora_rank: int | None = None
+    recompute: bool = False
+    seed: int = 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ray_ministral.config import OptimizerConfig
 from ray_ministral.model.architecture import is_tied
 from ray_ministral.model.checkpoint import EMBEDDING, OUTPUT_LAYER
 from ray_ministral.model.gradients import GradientAccumulator, WeightPart
@@ -23,8 +24,8 @@ from ray_ministral.model.packed import PackedBatch
 from ray_ministral.model.weights import parameter_names, tensor_slots
 from ray_ministral.pipeline.pixels import PixelTable
 from ray_ministral.pipeline.schedule import Action, Kind
-from ray_ministral.pipeline.transport import Transport
-from ray_ministral.training.optimizer import AdamW, AdamWOptions
+from ray_ministral.pipeline.transport import Transport, Twins
+from ray_ministral.training.optimizer import AdamW
 from ray_ministral.training.plan import IGNORED, StageReport, TrainMicrobatch, TrainPlan
 
 Pixels = list[list[np.ndarray]]
@@ -43,14 +44,15 @@ class TrainStage:
         stage: int,
         num_stages: int,
         num_chunks: int,
-        transport: Transport,
-        optimizer: AdamWOptions,
+        transport: Transport | None = None,
+        twins: Twins | None = None,
+        optimizer: OptimizerConfig,
         pixel_table: np.ndarray | None = None,
         recompute: bool = False,
     ) -> None:
         self.chunks = dict(chunks)
         self._stage, self._num_stages, self._last_chunk = stage, num_stages, num_chunks - 1
-        self._transport = transport
+        self.connect(transport, twins)
         self._recompute = recompute
         first = next(iter(self.chunks.values()))
         self._dtype: torch.dtype = first.config.params_dtype
@@ -66,6 +68,17 @@ class TrainStage:
         self.optimizer = AdamW(self._parameters, optimizer)
         self._pixels = None if pixel_table is None else PixelTable(pixel_table, self._dtype, self._device)
         self._reset()
+
+    def connect(self, transport: Transport | None, twins: Twins | None = None) -> None:
+        """The way to the other stages, and to the same stage of other replicas, of a new generation."""
+        self._channel = transport
+        self._twins = twins
+        self.store: Any = None
+
+    @property
+    def _transport(self) -> Transport:
+        assert self._channel is not None, "connect() before a step on several stages"
+        return self._channel
 
     def _reset(self) -> None:
         self._received: dict[tuple[Kind, int, int], Tensor] = {}
@@ -84,7 +97,11 @@ class TrainStage:
         self._wanted = frozenset((action.kind, action.chunk) for action in plan.actions)
         for action in plan.actions:
             self._run(action, plan, blocks)
-        self._transport.flush()
+        if self._channel is not None:
+            self._channel.flush()
+        if self._twins is not None:
+            for parameter in self._parameters.values():
+                self._twins.add_up(parameter.main_grad)  # type: ignore[attr-defined]
         self._share_tied_gradient()
         losses = tuple(float(self._losses[index]) for index in sorted(self._losses))
         self._reset()

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ray_ministral.config import StageSpec
+from ray_ministral.config import OptimizerConfig, StageSpec
 from ray_ministral.model.weights import load_chunk
 from ray_ministral.pipeline.schedule import Schedule
-from ray_ministral.training.optimizer import AdamWOptions, clip_scale, global_norm
+from ray_ministral.training.optimizer import clip_scale, global_norm
 from ray_ministral.training.plan import StageReport, TrainMicrobatch, TrainPlan
 from ray_ministral.training.stage import TrainStage, gradients
 
@@ -52,7 +52,7 @@ class Pipeline:
         chunk_layers: Sequence[int],
         num_stages: int,
         *,
-        optimizer: AdamWOptions | None = None,
+        optimizer: OptimizerConfig | None = None,
         dtype: torch.dtype = torch.float32,
         freeze: tuple[bool, bool, bool] = (False, False, False),
         recompute: bool = False,
@@ -75,7 +75,7 @@ class Pipeline:
                 num_stages=num_stages,
                 num_chunks=self.num_chunks,
                 transport=QueueTransport(queues, stage),
-                optimizer=optimizer or AdamWOptions(),
+                optimizer=optimizer or OptimizerConfig(),
                 pixel_table=pixel_table if stage == 0 else None,
                 recompute=recompute,
             )
