@@ -30,7 +30,7 @@ class GradientAccumulator:
         self.deferred: list[WeightPart] | None = None
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)  # type: ignore[attr-defined]
+                parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
                 parameter.register_post_accumulate_grad_hook(_into_main_grad)
         for module in model.language_model.modules():
             if hasattr(module, "_forward_impl"):
@@ -39,7 +39,7 @@ class GradientAccumulator:
     def _linear(self, input: Tensor, weight: nn.Parameter, *_: Any, **__: Any) -> Tensor:  # noqa: A002  # megatron's name
         """Stands for the product of Megatron's linear layers (which here have neither bias nor parallelism)."""
         if weight.requires_grad and torch.is_grad_enabled():
-            output: Tensor = _Linear.apply(input, weight, self)
+            output: Tensor = _Linear.apply(input, weight, self)  # type: ignore[no-untyped-call]
             return output
         return linear(input, weight)
 
