@@ -11,9 +11,9 @@ import numpy as np
 
 from ray_ministral.data.rows import Pixels, RowFailure
 
-OK = "ok"
-
 __all__ = ["OK", "Pixels", "PreparedChunk", "PreparedRow", "RowFailure", "RowResult"]
+
+OK = "ok"
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""What captioning and training both say of a row: its pixels, and why it could not be used. Small, picklable, no torch."""
+"""What captioning and training both say of a row: its pixels, and why it could not be used. No torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Pixels = list[list[np.ndarray]]
 
 @dataclass(frozen=True)
 class RowFailure:
-    """A `RowError` as data: `status` and `stage` as CONTRACT's columns have them, `error` for people."""
+    """A `RowError` as data: `status` as the output has it, `stage` that failed, `error` for people."""
 
     status: str
     error: str

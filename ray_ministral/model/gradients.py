@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ray_ministral.model.low_rank import linear_layers, use_product
 from ray_ministral.model.ministral3 import Ministral3Model
 
 WeightPart = Callable[[], None]
@@ -32,9 +33,8 @@ class GradientAccumulator:
             if parameter.requires_grad:
                 parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
                 parameter.register_post_accumulate_grad_hook(_into_main_grad)
-        for module in model.language_model.modules():
-            if hasattr(module, "_forward_impl"):
-                module._forward_impl = self._linear
+        for module in linear_layers(model.language_model):
+            use_product(module, self._linear)
 
     def _linear(self, input: Tensor, weight: nn.Parameter, *_: Any, **__: Any) -> Tensor:  # noqa: A002  # megatron's name
         """Stands for the product of Megatron's linear layers (which here have neither bias nor parallelism)."""
@@ -68,6 +68,7 @@ class _Linear(torch.autograd.Function):
         grad_output = grads[0]
         grad_input = grad_output.matmul(weight) if ctx.needs_input_grad[0] else None
 
+        @torch.no_grad()  # later it is not called from within a backward pass, and the input may want a gradient
         def weight_part() -> None:
             grad_2d, input_2d = grad_output.flatten(0, -2), input.flatten(0, -2)
             if weight.dtype == torch.float32:

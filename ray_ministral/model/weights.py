@@ -27,6 +27,7 @@ from ray_ministral.model.checkpoint import (
     StoredTensor,
     hub_name,
 )
+from ray_ministral.model.low_rank import adapter_names, adapters_of
 from ray_ministral.model.ministral3 import Ministral3Model
 
 if TYPE_CHECKING:
@@ -69,9 +70,13 @@ class TensorSlot:
         """The Hugging Face tensor out of a tensor shaped as the parameter."""
         return self.region(values).flatten(0, 1)
 
+    def put(self, tensor: Tensor, values: Tensor) -> None:
+        """Set the slot's part of `values`, shaped as the parameter, from a Hugging Face tensor of any float dtype."""
+        self.region(values).copy_(tensor.unflatten(0, (self.groups, -1)))
+
     def write(self, tensor: Tensor) -> None:
         """Set the parameter's part from a Hugging Face tensor of any float dtype and device."""
-        self.region(self.parameter.data).copy_(tensor.unflatten(0, (self.groups, -1)))
+        self.put(tensor, self.parameter.data)
 
 
 def tensor_slots(model: Ministral3Model) -> dict[str, TensorSlot]:
@@ -112,6 +117,17 @@ def tensor_slots(model: Ministral3Model) -> dict[str, TensorSlot]:
         whole("model.language_model.norm.weight", model.language_model.decoder.final_layernorm.weight)
         if not model.share_embeddings_and_output_weights:
             whole(OUTPUT_LAYER, model.language_model.output_layer.weight)
+    return slots
+
+
+def all_slots(model: Ministral3Model) -> dict[str, TensorSlot]:
+    """`tensor_slots`, and a chunk's low-rank adapters under the names that `peft` gives them in a file."""
+    slots = tensor_slots(model)
+    for layer in adapters_of(model):
+        for index, (projection, b) in enumerate(zip(layer.names, layer.b, strict=True)):
+            name_a, name_b = adapter_names(projection)
+            slots[name_a] = TensorSlot(layer.a, index * layer.rank, (index + 1) * layer.rank)
+            slots[name_b] = TensorSlot(b, 0, b.shape[0])
     return slots
 
 
@@ -205,6 +221,21 @@ def read_tensors(
             yield name, slot.read(held)
 
 
+def stored_tensors(model: Ministral3Model) -> dict[str, Tensor]:
+    """What a chunk's file holds, by the names on the hub: views of the weights, but copies of what is fused."""
+    tied = is_tied(model.hf_config)
+    return {
+        hub_name(name): tensor.detach()
+        for name, tensor in read_tensors(model, lambda parameter: parameter.data)
+        if not (tied and name == OUTPUT_LAYER)
+    }
+
+
+def weight_file_name(part: int, parts: int) -> str:
+    """Name of a chunk's file among those of all chunks."""
+    return f"model-{part + 1:05d}-of-{parts:05d}.safetensors"
+
+
 def save_chunk(model: Ministral3Model, directory: str | os.PathLike[str], part: int, parts: int) -> dict[str, str]:
     """Write a chunk's weights as one safetensors file; returns its entries of the index (tensor name to file name).
 
@@ -212,13 +243,8 @@ def save_chunk(model: Ministral3Model, directory: str | os.PathLike[str], part: 
     """
     from safetensors.torch import save_file
 
-    tied = is_tied(model.hf_config)
-    tensors = {
-        hub_name(name): tensor.detach().to("cpu").contiguous()
-        for name, tensor in read_tensors(model, lambda parameter: parameter.data)
-        if not (tied and name == OUTPUT_LAYER)
-    }
-    file_name = f"model-{part + 1:05d}-of-{parts:05d}.safetensors"
+    tensors = {name: tensor.to("cpu").contiguous() for name, tensor in stored_tensors(model).items()}
+    file_name = weight_file_name(part, parts)
     os.makedirs(directory, exist_ok=True)
     save_file(tensors, os.path.join(directory, file_name), metadata={"format": "pt"})
     return dict.fromkeys(tensors, file_name)
@@ -241,23 +267,13 @@ def finish_save(config: Mistral3Config, directory: str | os.PathLike[str], weigh
     dtype = _DTYPES[Checkpoint.open(directory).tensors[EMBEDDING].dtype]
     for section in (config, config.text_config, config.vision_config):
         section.dtype = dtype  # type: ignore[union-attr]
-    dtype = _saved_dtype(os.path.join(directory, next(iter(weight_map.values()))))
-    for part in (config, config.text_config, config.vision_config):
-        part.dtype = dtype  # type: ignore[union-attr]
     config.architectures = ["Mistral3ForConditionalGeneration"]
     config.save_pretrained(directory)
-
-
-def _saved_dtype(path: str) -> torch.dtype:
-    """The dtype of a file that `save_chunk` wrote: `from_pretrained` casts to what config.json says."""
-    with _opened(path) as file:
-        tensor: Tensor = file.get_tensor(next(iter(file.keys())))
-        return tensor.dtype
 
 
 def parameter_names(model: Ministral3Model) -> dict[str, nn.Parameter]:
     """Every parameter of a chunk once, by the global name of its tensor; of a fused one, by the name of the first."""
     names: dict[nn.Parameter, str] = {}
-    for name, slot in tensor_slots(model).items():
+    for name, slot in all_slots(model).items():
         names.setdefault(slot.parameter, name)
     return {name: parameter for parameter, name in names.items()}

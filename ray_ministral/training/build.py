@@ -11,6 +11,7 @@ from ray_ministral.data.images import ImagePreprocessor
 from ray_ministral.model.weights import load_chunk
 from ray_ministral.pipeline.stage import DTYPES
 from ray_ministral.pipeline.transport import GroupTransport, GroupTwins, join_store, make_group
+from ray_ministral.training.lora import LoraOptions, add_adapters
 from ray_ministral.training.plan import TrainStageOptions
 from ray_ministral.training.stage import TrainStage
 
@@ -29,6 +30,8 @@ def build_stage(options: TrainStageOptions, on_progress: Callable[[int, int], No
             on_progress=on_progress,
         )
         chunk.freeze("language" in options.freeze, "vision" in options.freeze, "projector" in options.freeze)
+        if options.lora_rank is not None:
+            add_adapters(chunk, LoraOptions(options.lora_rank), options.seed)
         chunks[number] = chunk
     table = ImagePreprocessor(options.model_dir).normalisation_table() if options.stage == 0 else None
     return TrainStage(

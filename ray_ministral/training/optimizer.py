@@ -10,10 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ray_ministral.config import LearningRateName, OptimizerConfig
 from ray_ministral.errors import ConfigError
+
+MASTER = "master"
+"""In a checkpoint: the fp32 value of a parameter that is held in fewer bits."""
+
 
 class AdamW:
     """Steps the masters of some parameters; under bf16 the parameters are rounded copies of them.
@@ -51,6 +55,29 @@ class AdamW:
                 master.grad = None
                 if master is not self._parameters[name]:
                     self._parameters[name].copy_(master)
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        """What goes into a checkpoint besides the parameter; live tensors, fp32, shaped as the parameter.
+
+        `master` where it is not the parameter itself; after the first step `exp_avg`, `exp_avg_sq` and the number
+        `step`.
+        """
+        master = self.masters[name]
+        kept = {} if master is self._parameters[name] else {MASTER: master.detach()}
+        return kept | dict(self._optimizer.state.get(master, {}))
+
+    def load_state(self, name: str, master: Tensor, moments: Mapping[str, Tensor]) -> None:
+        """Set the parameter from its master (any dtype), and the moments and `step`, which are kept, not copied.
+
+        No moments: the parameter was never stepped.
+        """
+        with torch.no_grad():
+            self.masters[name].copy_(master)
+            if self.masters[name] is not self._parameters[name]:
+                self._parameters[name].copy_(self.masters[name])
+        self._optimizer.state.pop(self.masters[name], None)
+        if moments:
+            self._optimizer.state[self.masters[name]] = dict(moments)
 
 
 def global_norm(squared_norms: Mapping[str, float]) -> float:

@@ -21,7 +21,7 @@ from ray_ministral.model.checkpoint import EMBEDDING, OUTPUT_LAYER
 from ray_ministral.model.gradients import GradientAccumulator, WeightPart
 from ray_ministral.model.ministral3 import Ministral3Model
 from ray_ministral.model.packed import PackedBatch
-from ray_ministral.model.weights import parameter_names, tensor_slots
+from ray_ministral.model.weights import all_slots, parameter_names
 from ray_ministral.pipeline.pixels import PixelTable
 from ray_ministral.pipeline.schedule import Action, Kind
 from ray_ministral.pipeline.transport import Transport, Twins
@@ -74,6 +74,11 @@ class TrainStage:
         self._channel = transport
         self._twins = twins
         self.store: Any = None
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of the whole pipeline."""
+        return self._last_chunk + 1
 
     @property
     def _transport(self) -> Transport:
@@ -278,6 +283,6 @@ def gradients(stage: TrainStage) -> dict[str, Tensor]:
     return {
         name: slot.read(slot.parameter.main_grad)  # type: ignore[attr-defined]
         for chunk in stage.chunks.values()
-        for name, slot in tensor_slots(chunk).items()
+        for name, slot in all_slots(chunk).items()
         if slot.parameter.requires_grad
     }

@@ -17,6 +17,7 @@ from torch import Tensor
 from ray_ministral.config import OptimizerConfig, StageSpec
 from ray_ministral.model.weights import load_chunk
 from ray_ministral.pipeline.schedule import Schedule
+from ray_ministral.training.lora import LoraOptions, add_adapters
 from ray_ministral.training.optimizer import clip_scale, global_norm
 from ray_ministral.training.plan import StageReport, TrainMicrobatch, TrainPlan
 from ray_ministral.training.stage import TrainStage, gradients
@@ -57,6 +58,8 @@ class Pipeline:
         freeze: tuple[bool, bool, bool] = (False, False, False),
         recompute: bool = False,
         pixel_table: Any = None,
+        lora: LoraOptions | None = None,
+        seed: int = 0,
     ) -> None:
         queues: dict[tuple[int, int, int], queue.Queue[Tensor]] = defaultdict(queue.Queue)
         self.num_stages, self.num_chunks = num_stages, len(chunk_layers)
@@ -66,6 +69,8 @@ class Pipeline:
             spec = StageSpec(start, start + layers, number == 0, number == self.num_chunks - 1)
             chunk = load_chunk(model_dir, spec, dtype=dtype, share_output_layer=False)
             chunk.freeze(*freeze)
+            if lora is not None:
+                add_adapters(chunk, lora, seed)
             chunks[number % num_stages][number] = chunk
             start += layers
         self.stages = [

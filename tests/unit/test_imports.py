@@ -160,8 +160,12 @@ WITHOUT_TORCH = [
     "ray_ministral.data.shards",
     "ray_ministral.data.parquet",
     "ray_ministral.data.ledger",
+    "ray_ministral.data.row_reader",
     "ray_ministral.captioning.prompts",
     "ray_ministral.captioning.request",
+    "ray_ministral.training.order",
+    "ray_ministral.training.packing",
+    "ray_ministral.training.samples",
     *(module_of(path) for path in sorted((ROOT / "ray_ministral" / "driver").glob("*.py"))),
 ]
 
