@@ -57,7 +57,8 @@ class Pipeline:
     ) -> Pipeline:
         """Reserve room for all stages, start their actors, let them load in parallel; `wait_ready` waits for them.
 
-        `arguments` has what each stage's actor is made with, first to last. Raises `PlacementError` where the cluster has no room within `config.placement_timeout_s`.
+        `arguments` has what each stage's actor is made with, first to last. Raises `PlacementError` where the cluster
+        has no room within `config.placement_timeout_s`.
         """
         group = placement_group([resolved.bundle] * len(arguments), strategy="PACK")
         pipeline = cls(name, group, [], generation)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 
 from ray_ministral.driver.stage_actor import HEALTH, LoadReport, StageStatus
+from ray_ministral.training.checkpoint import StagePart, TrainState, commit_checkpoint
 from ray_ministral.training.plan import StageReport, TrainPlan, TrainStageOptions
 
 if TYPE_CHECKING:
@@ -87,6 +90,35 @@ class TrainActor:
     def commit(self, scale: float, learning_rate: float) -> None:
         """See `TrainStage.commit`."""
         self.stage.commit(scale, learning_rate)
+
+    def trainable(self) -> dict[int, bool]:
+        """Whether each of its chunks has weights to train."""
+        return {
+            number: any(parameter.requires_grad for parameter in chunk.parameters())
+            for number, chunk in self.stage.chunks.items()
+        }
+
+    def restore(self, checkpoint: str) -> None:
+        """Weights, masters and moments out of a checkpoint."""
+        from ray_ministral.training.restore import load_stage
+
+        load_stage(self.stage, Path(checkpoint))
+
+    def save(self, folder: str) -> StagePart:
+        """Write its files of a checkpoint."""
+        from ray_ministral.training.snapshot import save_stage
+
+        return save_stage(self.stage, Path(folder))
+
+    def commit_checkpoint(self, folder: str, parts: Sequence[StagePart], state: TrainState) -> str:
+        """When all stages have saved into `folder`: add the rest and give it its name."""
+        from ray_ministral.training.lora import LoraOptions
+
+        options = self._options
+        lora = None if options.lora_rank is None else LoraOptions(options.lora_rank)
+        config = next(iter(self.stage.chunks.values())).hf_config
+        done = commit_checkpoint(Path(folder), parts, state, config=config, model_dir=options.model_dir, lora=lora)
+        return str(done)
 
     @ray.method(concurrency_group=HEALTH)
     def status(self) -> StageStatus:

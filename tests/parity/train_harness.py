@@ -18,8 +18,8 @@ from ray_ministral.config import OptimizerConfig, StageSpec
 from ray_ministral.model.weights import load_chunk
 from ray_ministral.pipeline.schedule import Schedule
 from ray_ministral.training.lora import LoraOptions, add_adapters
-from ray_ministral.training.optimizer import clip_scale, global_norm
 from ray_ministral.training.plan import StageReport, TrainMicrobatch, TrainPlan
+from ray_ministral.training.rates import clip_scale, global_norm
 from ray_ministral.training.stage import TrainStage, gradients
 
 TIMEOUT_S = 60.0
