@@ -99,6 +99,18 @@ def plan_samples(inputs: Sequence[str], options: SampleOptions, *, option: str =
     return index
 
 
+def load_tokenizer(options: SampleOptions) -> ConversationTokenizer:
+    """The tokenizer of a job, tried out: what it raises would be wrong with every row. Takes a second, and no torch.
+
+    Raises ModelError where the model directory cannot be trained on conversations, ConfigError where the job's own
+    texts cannot be used.
+    """
+    tokenizer = ConversationTokenizer(options.model_dir, date=options.date)
+    check_texts(options.prompt, tokenizer)
+    tokenizer.probe(options.prompt.system_prompt)
+    return tokenizer
+
+
 class SamplePreparer:
     """Tokenizer, image processor and a reader's cache, for as many steps as one likes."""
 
@@ -106,9 +118,7 @@ class SamplePreparer:
         """Raises ModelError, and ConfigError where the job's own texts cannot be used."""
         self._options = options
         self._template = PromptTemplate.of(options.prompt)
-        self._tokenizer = ConversationTokenizer(options.model_dir, date=options.date)
-        check_texts(options.prompt, self._tokenizer)
-        self._tokenizer.probe(options.prompt.system_prompt)
+        self._tokenizer = load_tokenizer(options)
         self._preprocessor = ImagePreprocessor(options.model_dir)
         self._reader = RowReader(options.columns, cache_bytes=options.cache_bytes)
 

@@ -63,6 +63,7 @@ class ConversationTokenizer(ChatTokenizer):
         Raises ModelError where the tokenizer cannot be loaded or lacks what a prompt needs.
         """
         super().__init__(model_dir, date=date)
+        self._ends = np.array(sorted(self.eos_token_ids), dtype=np.int32)
         self._skeletons: OrderedDict[tuple[object, ...], np.ndarray] = OrderedDict()
 
     def sample(self, conversation: Conversation, image_sizes: Sequence[tuple[int, int]] = ()) -> TrainSample:
@@ -180,11 +181,11 @@ class ConversationTokenizer(ChatTokenizer):
 
     def _end_of_answer(self, ids: np.ndarray) -> int:
         """Tokens of an answer's segment through its end of text."""
-        ends = np.flatnonzero(np.isin(ids, list(self.eos_token_ids)))
+        ends = np.flatnonzero(np.isin(ids, self._ends))
         if not len(ends):
             raise ModelError(
                 f"{self.model_dir}: the chat template does not end an answer with any of the tokens "
-                f"{sorted(self.eos_token_ids)} that end a text, so the model would not learn to stop: correct the "
+                f"{self._ends.tolist()} that end a text, so the model would not learn to stop: correct the "
                 "template, or eos_token_id in generation_config.json"
             )
         return int(ends[0]) + 1

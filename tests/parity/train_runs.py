@@ -12,8 +12,8 @@ import numpy as np
 from ray_ministral.data.images import ImagePreprocessor
 from ray_ministral.pipeline.generators import make_schedule
 from ray_ministral.pipeline.schedule import Schedule
-from ray_ministral.training.optimizer import LearningRate
 from ray_ministral.training.plan import IGNORED, TrainMicrobatch
+from ray_ministral.training.rates import LearningRate
 from tests.parity.small_models import Row, make_row
 from tests.parity.train_harness import Pipeline
 

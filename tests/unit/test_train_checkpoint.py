@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,11 @@ def test_the_newest_by_number_not_by_name_or_time(tmp_path: Path) -> None:
     found = latest_good(tmp_path, checksums=True)
     assert found.checkpoint == newest
     assert found.skipped == ()
+
+
+def test_the_driver_can_look_for_checkpoints_without_torch(root: Path) -> None:
+    program = "import sys, ray_ministral.training.checkpoint; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], cwd=root, timeout=60, check=True)
 
 
 def test_nothing_there(tmp_path: Path) -> None:
