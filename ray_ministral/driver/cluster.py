@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,11 +47,8 @@ def connected(address: str, pipeline: PipelineConfig) -> Iterator[None]:
         yield
         return
     try:
-        if address == "local" or (address == "auto" and not _cluster_is_running()):
-            _start_local(pipeline)
-        else:
-            logger.info("joining the Ray cluster at %s", os.environ.get("RAY_ADDRESS") or address)
-            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+        with _our_sigterm_handler():
+            _join_or_start(address, pipeline)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ClusterError(
             f"no Ray cluster at --address {address}: {error}. Start one with `ray start --head`, or use --address local"
@@ -58,6 +57,31 @@ def connected(address: str, pipeline: PipelineConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _join_or_start(address: str, pipeline: PipelineConfig) -> None:
+    if address == "local" or (address == "auto" and not _cluster_is_running()):
+        _start_local(pipeline)
+    else:
+        logger.info("joining the Ray cluster at %s", os.environ.get("RAY_ADDRESS") or address)
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+
+
+@contextmanager
+def _our_sigterm_handler() -> Iterator[None]:
+    """Keep the caller's SIGTERM handler over `ray.init`, which puts one of its own in place.
+
+    Ray's ends a local cluster's processes under us, while we still have actors to take away, and leaves with status 1
+    or an abort. A SIGTERM during `ray.init` itself is passed on as KeyboardInterrupt.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _start_local(pipeline: PipelineConfig) -> None:

@@ -192,7 +192,10 @@ def _some(names: list[str], most: int = 4) -> str:
 
 
 def _weight_files(directory: str) -> list[str]:
-    """The safetensors files that make up the model, index first; never a pickle."""
+    """The safetensors files that make up the model: as for transformers one file goes before an index; never a pickle."""
+    single = os.path.join(directory, SINGLE_FILE)
+    if os.path.exists(single):
+        return [single]
     index_path = os.path.join(directory, INDEX_FILE)
     if os.path.exists(index_path):
         try:
@@ -208,9 +211,6 @@ def _weight_files(directory: str) -> list[str]:
         if absent:
             raise ModelError(f"{index_path!r} names files that are not there: {_some(absent)}. Complete the download")
         return paths
-    single = os.path.join(directory, SINGLE_FILE)
-    if os.path.exists(single):
-        return [single]
     others = [name for name in sorted(os.listdir(directory)) if name.endswith((".bin", ".pt", ".pth", ".safetensors"))]
     raise ModelError(
         f"neither {INDEX_FILE} nor {SINGLE_FILE} in {directory!r} (found {', '.join(others) or 'no weights'}): "

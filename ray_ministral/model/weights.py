@@ -32,8 +32,6 @@ from ray_ministral.model.ministral3 import Ministral3Model
 if TYPE_CHECKING:
     from transformers import Mistral3Config
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
 DEQUANTIZE_ROWS = 4096
 """Rows of an fp8 tensor that are held in fp32 at a time."""
 
@@ -229,9 +227,6 @@ def finish_save(config: Mistral3Config, directory: str | os.PathLike[str], weigh
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    dtype = _DTYPES[Checkpoint.open(directory).tensors[EMBEDDING].dtype]
-    for section in (config, config.text_config, config.vision_config):
-        section.dtype = dtype  # type: ignore[union-attr]
     dtype = _saved_dtype(os.path.join(directory, next(iter(weight_map.values()))))
     for part in (config, config.text_config, config.vision_config):
         part.dtype = dtype  # type: ignore[union-attr]
