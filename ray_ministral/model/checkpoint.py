@@ -192,7 +192,7 @@ def _some(names: list[str], most: int = 4) -> str:
 
 
 def _weight_files(directory: str) -> list[str]:
-    """The safetensors files that make up the model: as for transformers one file goes before an index; never a pickle."""
+    """The safetensors files of the model; as for transformers one whole file goes before an index. Never a pickle."""
     single = os.path.join(directory, SINGLE_FILE)
     if os.path.exists(single):
         return [single]

@@ -114,6 +114,7 @@ def test_what_the_user_can_mend_is_one_line_and_starts_nothing(
     assert not list(output.glob("part-*"))
 
 
+@pytest.mark.slow
 def test_too_many_errors_and_the_same_command_with_a_higher_rate(model: Path, pictures: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     with started(caption_command(model, pictures, output, "--max-error-rate", 0)) as run:
