@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import ray
 from ray._private import ray_constants
 
+import ray_ministral
 from ray_ministral.config import PipelineConfig
 from ray_ministral.errors import ClusterError, ConfigError
 
@@ -64,7 +65,17 @@ def _join_or_start(address: str, pipeline: PipelineConfig) -> None:
         _start_local(pipeline)
     else:
         logger.info("joining the Ray cluster at %s", os.environ.get("RAY_ADDRESS") or address)
-        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+        ray.init(address=address, runtime_env=_runtime_env(), logging_level=logging.WARNING, log_to_driver=False)
+
+
+def _runtime_env() -> dict[str, Any] | None:
+    """This package for the workers of a cluster that we join, in the version that the driver has.
+
+    `ray job submit` has sent its working directory there already, and a job has one runtime environment.
+    """
+    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        return None
+    return {"py_modules": [str(Path(ray_ministral.__file__).parent)]}
 
 
 @contextmanager
