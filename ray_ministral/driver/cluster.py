@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +16,12 @@ from typing import Any, Literal
 import ray
 from ray._private import ray_constants
 
-import ray_ministral
 from ray_ministral.config import PipelineConfig
 from ray_ministral.errors import ClusterError, ConfigError
 
 logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,9 @@ def _join_or_start(address: str, pipeline: PipelineConfig) -> None:
     if address == "local" or (address == "auto" and not _cluster_is_running()):
         _start_local(pipeline)
     else:
-        logger.info("joining the Ray cluster at %s", os.environ.get("RAY_ADDRESS") or address)
+        place = (os.environ.get("RAY_ADDRESS") or address) if address == "auto" else address
+        logger.info("joining the Ray cluster at %s", place)
+        _check_that_someone_listens(place)
         ray.init(address=address, runtime_env=_runtime_env(), logging_level=logging.WARNING, log_to_driver=False)
 
 
@@ -75,7 +79,18 @@ def _runtime_env() -> dict[str, Any] | None:
     """
     if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
         return None
-    return {"py_modules": [str(Path(ray_ministral.__file__).parent)]}
+    return {"py_modules": [str(Path(__file__).resolve().parents[1])]}
+
+
+def _check_that_someone_listens(address: str) -> None:
+    """Ray itself tries for many minutes. Raises ConnectionError; leaves what is not HOST:PORT to Ray."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConnectionError(f"nobody answers there ({error})") from error
 
 
 @contextmanager

@@ -185,9 +185,7 @@ def test_a_driver_that_is_killed_leaves_nothing(head: Head, model: Path, tmp_pat
     source = write_pictures(tmp_path / "many.parquet", 240, bad=False)
     output = tmp_path / "out"
     command = caption_command(model, source, output, "--stages", 2, "--ignore-eos", "--address", head.gcs)
-    # In place of the package being installed in the cluster's Python: workers of this job find it here.
-    job = json.dumps({"runtime_env": {"env_vars": {"PYTHONPATH": str(ROOT)}}})
-    environment = {"HOME": str(head.run.folder), "RAY_AUTH_MODE": "token", "RAY_JOB_CONFIG_JSON_ENV_VAR": job}
+    environment = {"HOME": str(head.run.folder), "RAY_AUTH_MODE": "token"}
     with started(command, **environment) as run:
         wait_for(
             lambda: len(list(output.glob("part-*"))) > 2 or run.process.poll() is not None, 200, lambda: run.stderr
