@@ -380,7 +380,7 @@ def save_weights(model: Mistral3ForConditionalGeneration, output: Path) -> None:
     """Writes config.json, generation_config.json and model.safetensors (bf16)."""
     saved = Mistral3ForConditionalGeneration(model.config)
     saved.load_state_dict(model.state_dict())
-    saved.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=PAD, max_length=1024)
+    saved.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=PAD)
     saved.to(torch.bfloat16).save_pretrained(output)
 
 
