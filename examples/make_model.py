@@ -75,16 +75,7 @@ class Recipe:
     Each cycle but the first starts from the files that the one before it left.
     """
 
-    cycles: tuple[Cycle, ...] = (
-        Cycle(steps=5000, batch=32, learning_rate=3e-3),
-        # More of what the first cycle left the most errors in.
-        Cycle(
-            steps=1500,
-            batch=64,
-            learning_rate=1.5e-3,
-            kinds={"lone": 1, "counted": 2, "above": 2, "beside": 4, "digit": 4},
-        ),
-    )
+    cycles: tuple[Cycle, ...] = (Cycle(steps=5000, batch=32, learning_rate=3e-3),)
     weight_decay: float = 0.02
     clip_norm: float = 1.0
     validate_every: int = 500
