@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 CAPTION_OUTPUT := out/caption
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lock caption test check format bench bench-load clean
+.PHONY: help venv lock caption test test-all check format bench bench-load clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,7 +40,10 @@ caption: venv  ## the quick start: caption the bundled pictures with a small mod
 		--output $(CAPTION_OUTPUT) --stages 2 --address local
 	$(BIN)/python examples/show.py $(CAPTION_OUTPUT)
 
-test: venv  ## run all tests
+test: venv  ## run the tests, but those marked slow
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: venv  ## run all tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: venv  ## lint, formatting, types

@@ -17,8 +17,8 @@ import math
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from make_tokenizer import IMG, IMG_BREAK, IMG_END, PAD, PROMPTS, SYSTEM_PROMPTS, VOCABULARY, write_tokenizer
 from pictures import (
+    KINDS,
     LONGEST_EDGE,
     MODEL_SIZES,
     DigitSample,
@@ -50,13 +51,31 @@ IGNORED = -100  # a label that takes no part in Hugging Face's loss
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How the model is trained; the defaults made the model in the repository."""
+class Cycle:
+    """One run of the learning rate: a linear warm-up to `learning_rate`, then a cosine down to zero."""
 
-    steps: int = 5000
-    batch: int = 32
-    learning_rate: float = 3e-3
+    steps: int
+    batch: int
+    learning_rate: float
     warmup: int = 150
+    kinds: Mapping[str, int] = field(default_factory=lambda: KINDS)  # of scenes, with how often each is drawn
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0 within the cycle."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the model is trained; the defaults made the model in the repository.
+
+    Each cycle but the first starts from the files that the one before it left.
+    """
+
+    cycles: tuple[Cycle, ...] = (Cycle(steps=5000, batch=32, learning_rate=3e-3),)
     weight_decay: float = 0.02
     clip_norm: float = 1.0
     validate_every: int = 500
@@ -179,22 +198,33 @@ class Batch:
 
 
 class TrainingBatches(Dataset[Batch]):
-    """Batch number `step`, drawn from (seed, step) alone: the same whatever was drawn before it."""
+    """The batches of a cycle, each drawn from the seed and its step alone: the same whatever was drawn before it.
 
-    def __init__(self, recipe: Recipe, seed: int, tokenizer: PreTrainedTokenizerFast, digits: Sequence[DigitSample]):
-        self.recipe, self.seed, self.tokenizer, self.digits = recipe, seed, tokenizer, digits
+    `steps_before` is how many steps earlier cycles had.
+    """
+
+    def __init__(
+        self,
+        cycle: Cycle,
+        seed: int,
+        steps_before: int,
+        tokenizer: PreTrainedTokenizerFast,
+        digits: Sequence[DigitSample],
+    ):
+        self.cycle, self.seed, self.steps_before = cycle, seed, steps_before
+        self.tokenizer, self.digits = tokenizer, digits
 
     def __len__(self) -> int:
-        return self.recipe.steps
+        return self.cycle.steps
 
     def __getitem__(self, step: int) -> Batch:
-        rng = random.Random(f"train {self.seed} {step}")
+        rng = random.Random(f"train {self.seed} {self.steps_before + step}")
         size = rng.choices(list(MODEL_SIZES), list(MODEL_SIZES.values()))[0]
         system = rng.choice(SYSTEM_PROMPTS) if rng.random() < 0.25 else None
         # The project's default prompt is what most users will send.
         text = PROMPTS[0] if rng.random() < 0.3 else rng.choice(PROMPTS)
         prompt = prompt_ids(self.tokenizer, size, text, system)
-        pictures = [draw_picture(rng, size, self.digits) for _ in range(self.recipe.batch)]
+        pictures = [draw_picture(rng, size, self.digits, self.cycle.kinds) for _ in range(self.cycle.batch)]
         answers = [[*self.tokenizer.encode(p.caption, add_special_tokens=False), 2] for p in pictures]
         longest = max(map(len, answers))
         return Batch(
@@ -275,24 +305,34 @@ def answer_loss(model: Mistral3ForConditionalGeneration, batch: Batch) -> torch.
     return model(input_ids=batch.ids, labels=batch.labels, mm_encoder_outputs={"image": images}, use_cache=False).loss
 
 
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, then a cosine down to zero."""
-    if step < recipe.warmup:
-        return recipe.learning_rate * (step + 1) / recipe.warmup
-    done = (step - recipe.warmup) / (recipe.steps - recipe.warmup)
-    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+def train(output: Path, seed: int, recipe: Recipe, first_cycle: int = 0) -> None:
+    """Trains the recipe's cycles from `first_cycle` on and leaves the model, bf16 and with all its files, in `output`.
 
-
-def train(output: Path, seed: int, recipe: Recipe) -> None:
-    """Trains from random weights and leaves the best model, as bf16 and with all its files, in `output`."""
+    Cycle 0 starts from random weights. A later one starts from the weights in `output`, so a training that was
+    interrupted between cycles can go on there.
+    """
     torch.set_num_threads(recipe.threads)
     torch.manual_seed(seed)
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = write_tokenizer(output)
     write_processor(output)
     digits = load_digit_samples("train")
-    model = Mistral3ForConditionalGeneration(model_config())
-    log.info("%.2f million parameters", sum(p.numel() for p in model.parameters()) / 1e6)
+    for number in range(first_cycle, len(recipe.cycles)):
+        if number == 0:
+            model = Mistral3ForConditionalGeneration(model_config())
+        else:
+            model = Mistral3ForConditionalGeneration.from_pretrained(output, dtype=torch.float32)
+        log.info("cycle %d, %.2f million parameters", number, sum(p.numel() for p in model.parameters()) / 1e6)
+        steps_before = sum(cycle.steps for cycle in recipe.cycles[:number])  # no picture is drawn in two cycles
+        batches = TrainingBatches(recipe.cycles[number], seed, steps_before, tokenizer, digits)
+        train_cycle(model.train(), recipe, number, batches, output)
+
+
+def train_cycle(
+    model: Mistral3ForConditionalGeneration, recipe: Recipe, number: int, batches: TrainingBatches, output: Path
+) -> None:
+    """One cycle of the recipe; saves the weights that did best on validation pictures."""
+    cycle = recipe.cycles[number]
     # Muon for what multiplies hidden states; the embedding, the patches' convolution and the norms are not such.
     embedding = model.get_input_embeddings().weight
     matrices = [p for p in model.parameters() if p.dim() == 2 and p is not embedding]
@@ -302,33 +342,30 @@ def train(output: Path, seed: int, recipe: Recipe) -> None:
         torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0),
     )
     # Validation pictures are new, but their digits are the training's: the held-out ones stay untouched until the end.
-    validation = list(draw_pictures(f"validation {seed}", 200, digits))
-    best = -1.0
+    validation = list(draw_pictures(f"validation {batches.seed}", 200, batches.digits))
+    # Nothing that is worse than what the cycle started from replaces it.
+    best = accuracy(rounded_copy(model), batches.tokenizer, image_processor(output), validation) if number else -1.0
     started, losses = time.monotonic(), []
-    loader = DataLoader(
-        TrainingBatches(recipe, seed, tokenizer, digits), batch_size=None, num_workers=1, prefetch_factor=8
-    )
-    for step, batch in enumerate(loader):
+    for step, batch in enumerate(DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=8)):
         loss = answer_loss(model, batch)
         model.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(recipe, step)
+                group["lr"] = cycle.learning_rate_at(step)
             optimizer.step()
         losses.append(loss.item())
         if (step + 1) % 50 == 0:
             mean, seconds = sum(losses[-50:]) / 50, time.monotonic() - started
             log.info("step %d loss %.4f norm %.2f, %.0f s", step + 1, mean, norm.item(), seconds)
-        if (step + 1) % recipe.validate_every == 0 or step + 1 == recipe.steps:
-            rounded = rounded_copy(model)
-            right = accuracy(rounded, tokenizer, image_processor(output), validation)
+        if (step + 1) % recipe.validate_every == 0 or step + 1 == cycle.steps:
+            right = accuracy(rounded_copy(model), batches.tokenizer, image_processor(output), validation)
             log.info("step %d: %.1f%% of %d validation pictures right", step + 1, right * 100, len(validation))
             if right >= best:
                 best = right
                 save_weights(model, output)
-    log.info("done in %.0f s, best %.1f%% in %s", time.monotonic() - started, best * 100, output)
+    log.info("cycle %d done in %.0f s, best %.1f%%", number, time.monotonic() - started, best * 100)
 
 
 def rounded_copy(model: Mistral3ForConditionalGeneration) -> Mistral3ForConditionalGeneration:
@@ -342,7 +379,7 @@ def save_weights(model: Mistral3ForConditionalGeneration, output: Path) -> None:
     """Writes config.json, generation_config.json and model.safetensors (bf16)."""
     saved = Mistral3ForConditionalGeneration(model.config)
     saved.load_state_dict(model.state_dict())
-    saved.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=PAD, max_length=1024)
+    saved.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=PAD)
     saved.to(torch.bfloat16).save_pretrained(output)
 
 
@@ -465,14 +502,14 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="train, and write the model directory here")
     parser.add_argument("--evaluate", type=Path, help="measure the model of this directory")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights and of the training's pictures")
-    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--from-cycle", type=int, default=0, help="go on with this cycle, from the weights in --output")
     parser.add_argument("--pictures", type=int, default=500, help="how many held-out pictures to measure on")
     options = parser.parse_args()
     if options.output is None and options.evaluate is None:
         parser.error("nothing to do: give --output DIR, --evaluate DIR or both")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     if options.output is not None:
-        train(options.output, options.seed, Recipe(steps=options.steps))
+        train(options.output, options.seed, Recipe(), options.from_cycle)
     if options.evaluate is not None:
         return 0 if evaluate(options.evaluate, options.pictures) else 1
     return 0

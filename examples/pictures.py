@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,6 +56,8 @@ PLACES: dict[str, tuple[float, float]] = {
 RELATIONS: tuple[Relation, ...] = ("above", "to the left of")
 # Sizes of a picture after the image processor, with how often each is drawn.
 MODEL_SIZES: dict[Size, int] = {(112, 112): 3, (84, 112): 2, (112, 84): 2, (84, 84): 2, (56, 112): 1}
+# Kinds of scenes (the grammar's five), with how often each is drawn.
+KINDS: dict[str, int] = {"lone": 2, "counted": 2, "above": 3, "beside": 3, "digit": 2}
 LIGHT: tuple[RGB, ...] = ((255, 255, 255), (232, 232, 232), (250, 242, 222), (222, 236, 246))
 DARK: tuple[RGB, ...] = ((12, 12, 14), (44, 44, 52))
 
@@ -174,17 +176,15 @@ def _differ(a: Group, b: Group) -> bool:
     return (a.colour, a.shape) != (b.colour, b.shape)
 
 
-def roll_scene(rng: random.Random, model_size: Size, digit_labels: bool = True) -> Scene:
-    """A random scene that fits a picture of `model_size`; without `digit_labels` there is no digit among them."""
+def roll_scene(rng: random.Random, model_size: Size, kinds: Mapping[str, int] = KINDS) -> Scene:
+    """A random scene that fits a picture of `model_size`, of a kind that is drawn as often as `kinds` says."""
 
     def group(most: int) -> Group:
         return Group(rng.randint(1, most), rng.choice(list(COLOURS)), rng.choice(list(SHAPES)))
 
-    kinds = ["lone", "counted", "above", "beside", "digit"]
-    weights = [2, 2, 3, 3, 2 if digit_labels else 0]
-    if model_size == (56, 112):  # a banner is too low to stack groups
-        weights[2] = 0
-    kind = rng.choices(kinds, weights)[0]
+    # A banner is too low to stack groups.
+    allowed = {kind: 0 if model_size == (56, 112) and kind == "above" else weight for kind, weight in kinds.items()}
+    kind = rng.choices(list(allowed), list(allowed.values()))[0]
     if kind == "digit":
         return Scene(digit=rng.randrange(10))
     if kind == "lone":
@@ -316,12 +316,17 @@ def draw_scene(rng: random.Random, scene: Scene, canvas: Size, digits: Sequence[
     return image
 
 
-def draw_picture(rng: random.Random, model_size: Size | None = None, digits: Sequence[DigitSample] = ()) -> Picture:
+def draw_picture(
+    rng: random.Random,
+    model_size: Size | None = None,
+    digits: Sequence[DigitSample] = (),
+    kinds: Mapping[str, int] = KINDS,
+) -> Picture:
     """A random picture; of a random size if no `model_size` (a key of `MODEL_SIZES`) is asked for.
 
     Without `digits` no handwritten digit is drawn.
     """
     if model_size is None:
         model_size = rng.choices(list(MODEL_SIZES), list(MODEL_SIZES.values()))[0]
-    scene = roll_scene(rng, model_size, digit_labels=bool(digits))
+    scene = roll_scene(rng, model_size, kinds if digits else {**kinds, "digit": 0})
     return Picture(draw_scene(rng, scene, roll_canvas(rng, model_size), digits), caption_of(scene))

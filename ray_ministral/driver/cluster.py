@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import ray
 from ray._private import ray_constants
@@ -17,6 +20,8 @@ from ray_ministral.config import PipelineConfig
 from ray_ministral.errors import ClusterError, ConfigError
 
 logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,8 @@ def connected(address: str, pipeline: PipelineConfig) -> Iterator[None]:
         yield
         return
     try:
-        if address == "local" or (address == "auto" and not _cluster_is_running()):
-            _start_local(pipeline)
-        else:
-            logger.info("joining the Ray cluster at %s", os.environ.get("RAY_ADDRESS") or address)
-            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+        with _our_sigterm_handler():
+            _join_or_start(address, pipeline)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ClusterError(
             f"no Ray cluster at --address {address}: {error}. Start one with `ray start --head`, or use --address local"
@@ -58,6 +60,54 @@ def connected(address: str, pipeline: PipelineConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _join_or_start(address: str, pipeline: PipelineConfig) -> None:
+    if address == "local" or (address == "auto" and not _cluster_is_running()):
+        _start_local(pipeline)
+    else:
+        place = (os.environ.get("RAY_ADDRESS") or address) if address == "auto" else address
+        logger.info("joining the Ray cluster at %s", place)
+        _check_that_someone_listens(place)
+        ray.init(address=address, runtime_env=_runtime_env(), logging_level=logging.WARNING, log_to_driver=False)
+
+
+def _runtime_env() -> dict[str, Any] | None:
+    """This package for the workers of a cluster that we join, in the version that the driver has.
+
+    `ray job submit` has sent its working directory there already, and a job has one runtime environment.
+    """
+    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        return None
+    return {"py_modules": [str(Path(__file__).resolve().parents[1])]}
+
+
+def _check_that_someone_listens(address: str) -> None:
+    """Ray itself tries for many minutes. Raises ConnectionError; leaves what is not HOST:PORT to Ray."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConnectionError(f"nobody answers there ({error})") from error
+
+
+@contextmanager
+def _our_sigterm_handler() -> Iterator[None]:
+    """Keep the caller's SIGTERM handler over `ray.init`, which puts one of its own in place.
+
+    Ray's ends a local cluster's processes under us, while we still have actors to take away, and leaves with status 1
+    or an abort. A SIGTERM during `ray.init` itself is passed on as KeyboardInterrupt.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _start_local(pipeline: PipelineConfig) -> None:

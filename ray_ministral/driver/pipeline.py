@@ -120,11 +120,14 @@ class Pipeline:
         where = re.search(r"\spid: (\d+).*\sip: (\S+)", str(error), re.DOTALL)
         process = f" (process {where[1]} on {where[2]})" if where else ""
         # Ray's last line has its reason, and then what commonly causes such a thing.
-        reason = str(error).strip().splitlines()[-1].partition(" Some common causes")[0]
-        return StageDiedError(
-            f"{stage} of {self.name} died{process}: {reason.rstrip('.')}. Its log in Ray's session folder may say "
-            "more; a process that was killed without a word was often short of memory: try more --stages"
-        )
+        reason = str(error).strip().splitlines()[-1].partition(" Some common causes")[0].rstrip(".")
+        if "worker process has died" in reason:
+            hint = "a process that is killed without a word was often short of memory: try more --stages"
+        elif "ModuleNotFoundError" in reason:
+            hint = "install it in the Python of all nodes, or send the job with `ray job submit --working-dir`"
+        else:
+            hint = "its log in Ray's session folder may say more"
+        return StageDiedError(f"{stage} of {self.name} died{process}: {reason}; {hint}")
 
     def close(self) -> None:
         """End the actors and give the room back. Never raises: it runs while something else is being raised."""

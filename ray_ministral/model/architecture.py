@@ -179,6 +179,10 @@ def check_config(config: Mistral3Config) -> None:
     rope = text.rope_parameters or {}
     rope_type = rope.get("rope_type", "default")
     require(rope_type in ROPE_TYPES, f"rope_type is {rope_type!r}, wanted one of {', '.join(ROPE_TYPES)}")
+    require(
+        rope.get("partial_rotary_factor", 1.0) == 1.0,
+        f"partial_rotary_factor is {rope.get('partial_rotary_factor')}, wanted 1: rotation of whole heads",
+    )
     if rope.get("llama_4_scaling_beta") is not None:
         require(
             bool(rope.get("original_max_position_embeddings")),

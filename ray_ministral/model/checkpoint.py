@@ -98,12 +98,17 @@ def expected_shapes(config: Mistral3Config) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies. `dtype` as safetensors writes it (F32, BF16, F8_E4M3, …)."""
+    """Where a tensor lies: `nbytes` from byte `begin` of the file on, row by row, little-endian.
+
+    `dtype` as safetensors writes it (F32, BF16, F8_E4M3, …).
+    """
 
     path: str
     name: str
     shape: tuple[int, ...]
     dtype: str
+    begin: int
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -192,7 +197,10 @@ def _some(names: list[str], most: int = 4) -> str:
 
 
 def _weight_files(directory: str) -> list[str]:
-    """The safetensors files that make up the model, index first; never a pickle."""
+    """The safetensors files of the model; as for transformers one whole file goes before an index. Never a pickle."""
+    single = os.path.join(directory, SINGLE_FILE)
+    if os.path.exists(single):
+        return [single]
     index_path = os.path.join(directory, INDEX_FILE)
     if os.path.exists(index_path):
         try:
@@ -208,9 +216,6 @@ def _weight_files(directory: str) -> list[str]:
         if absent:
             raise ModelError(f"{index_path!r} names files that are not there: {_some(absent)}. Complete the download")
         return paths
-    single = os.path.join(directory, SINGLE_FILE)
-    if os.path.exists(single):
-        return [single]
     others = [name for name in sorted(os.listdir(directory)) if name.endswith((".bin", ".pt", ".pth", ".safetensors"))]
     raise ModelError(
         f"neither {INDEX_FILE} nor {SINGLE_FILE} in {directory!r} (found {', '.join(others) or 'no weights'}): "
@@ -219,15 +224,26 @@ def _weight_files(directory: str) -> list[str]:
 
 
 def _read_header(path: str) -> list[StoredTensor]:
+    """The library checks that the file is whole and its tensors lie as they should; then its header says where."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="numpy") as file:
-            names = list(file.keys())
-            slices = [file.get_slice(name) for name in names]
-            return [
-                StoredTensor(path, name, tuple(piece.get_shape()), piece.get_dtype())
-                for name, piece in zip(names, slices, strict=True)
-            ]
+        with safe_open(path, framework="numpy"):
+            pass
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
     except (SafetensorError, OSError) as error:
         raise ModelError(f"cannot read {path!r} as safetensors: {error}. Download it again") from error
+    header.pop("__metadata__", None)
+    return [
+        StoredTensor(
+            path=path,
+            name=name,
+            shape=tuple(entry["shape"]),
+            dtype=entry["dtype"],
+            begin=8 + size + entry["data_offsets"][0],
+            nbytes=entry["data_offsets"][1] - entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
+    ]

@@ -7,6 +7,7 @@ Legend: N images of one size, P patches of one image, C channels of the tower, H
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ def build_vision(config: Mistral3Config) -> tuple[nn.Module, nn.Module]:
     from transformers.models.mistral3.modeling_mistral3 import Mistral3MultiModalProjector
     from transformers.models.pixtral.modeling_pixtral import PixtralVisionModel
 
-    vision_config: Any = config.vision_config
+    vision_config: Any = copy.deepcopy(config.vision_config)
     vision_config._attn_implementation = "sdpa"
     return PixtralVisionModel(vision_config), Mistral3MultiModalProjector(config)
 

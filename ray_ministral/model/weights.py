@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ray_ministral.config import StageSpec
+from ray_ministral.errors import ModelError
 from ray_ministral.model.architecture import is_tied, load_config
 from ray_ministral.model.checkpoint import (
     EMBEDDING,
@@ -33,7 +34,13 @@ from ray_ministral.model.ministral3 import Ministral3Model
 if TYPE_CHECKING:
     from transformers import Mistral3Config
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+"""By safetensors' names: what `Checkpoint.check` lets pass."""
 
 DEQUANTIZE_ROWS = 4096
 """Rows of an fp8 tensor that are held in fp32 at a time."""
@@ -144,7 +151,7 @@ def load_chunk(
     """A chunk with its weights, of which only its own are read.
 
     `on_progress(done, total)` is told the bytes of the chunk's own tensors after each. Peak memory is the chunk
-    itself plus little more: a file is mapped anew for each tensor, the largest first; no mapped page outlives its copy.
+    itself plus one tensor at most, the largest first: bytes are read straight into the parameters where they fit.
     """
     config = load_config(model_dir)
     checkpoint = Checkpoint.open(model_dir)
@@ -189,20 +196,42 @@ def as_stored(config: Mistral3Config, checkpoint: Checkpoint) -> Mistral3Config:
 
 
 def _load_tensor(stored: StoredTensor, scale: StoredTensor | None, slot: TensorSlot) -> None:
-    with _opened(stored.path) as file, torch.no_grad():
-        tensor = file.get_tensor(stored.name)
-        if tensor.dtype != torch.float8_e4m3fn:
-            slot.write(tensor)
-            return
-        assert scale is not None, "Checkpoint.check refuses fp8 tensors without a scale"
-        with _opened(scale.path) as scale_file:
-            factor = scale_file.get_tensor(scale.name).float()
-        region = slot.region(slot.parameter.data)
-        source = tensor.unflatten(0, (slot.groups, -1))
-        for group in range(slot.groups):
-            for start in range(0, source.shape[1], DEQUANTIZE_ROWS):
-                rows = slice(start, start + DEQUANTIZE_ROWS)
-                region[group, rows].copy_(source[group, rows].float() * factor)
+    """Straight into the parameter where it is stored as it is held, else through a tensor of its own."""
+    held = slot.parameter.data
+    dtype = DTYPES[stored.dtype]
+    if held.device.type == "cpu" and held.dtype == dtype and slot.groups == 1:
+        _read_into(stored, held[slot.start : slot.stop])
+        return
+    tensor = torch.empty(stored.shape, dtype=dtype)
+    _read_into(stored, tensor)
+    if dtype != torch.float8_e4m3fn:
+        slot.write(tensor)
+        return
+    assert scale is not None, "Checkpoint.check refuses fp8 tensors without a scale"
+    factor = torch.empty(scale.shape, dtype=DTYPES[scale.dtype])
+    _read_into(scale, factor)
+    region, source = slot.region(held), tensor.unflatten(0, (slot.groups, -1))
+    for group in range(slot.groups):
+        for start in range(0, source.shape[1], DEQUANTIZE_ROWS):
+            rows = slice(start, start + DEQUANTIZE_ROWS)
+            region[group, rows].copy_(source[group, rows].float() * factor.float())
+
+
+def _read_into(stored: StoredTensor, tensor: Tensor) -> None:
+    """Fill a contiguous CPU tensor of the stored dtype and size from the file."""
+    bytes_of: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    memory = memoryview(bytes_of)
+    assert len(memory) == stored.nbytes, "Checkpoint.check compares shapes"
+    with open(stored.path, "rb", buffering=0) as file:
+        file.seek(stored.begin)
+        done = 0
+        while done < stored.nbytes:
+            count = file.readinto(memory[done:])
+            if not count:
+                raise ModelError(
+                    f"{stored.path!r} ended in the middle of {stored.name!r}: it has changed while it was read"
+                )
+            done += count
 
 
 def _opened(path: str) -> Any:
@@ -264,9 +293,9 @@ def finish_save(config: Mistral3Config, directory: str | os.PathLike[str], weigh
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    dtype = _DTYPES[Checkpoint.open(directory).tensors[EMBEDDING].dtype]
-    for section in (config, config.text_config, config.vision_config):
-        section.dtype = dtype  # type: ignore[union-attr]
+    dtype = DTYPES[Checkpoint.open(directory).tensors[EMBEDDING].dtype]  # `from_pretrained` casts to what it says
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = dtype  # type: ignore[union-attr]
     config.architectures = ["Mistral3ForConditionalGeneration"]
     config.save_pretrained(directory)
 

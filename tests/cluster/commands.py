@@ -75,6 +75,7 @@ def started(command: list[str], **environment: str) -> Iterator[Run]:
                     with suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
             process.wait(timeout=30)
+            run.wait_for_no_process()  # they could still write into the folder
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,7 @@ def test_a_run_succeeds_quietly_on_the_loopback_only(model: Path, pictures: Path
             current = run.processes()
             processes |= current
             sockets |= listening_addresses(set(current))
-            with_timeout(run)
+            time.sleep(0.3)
         assert run.wait() == 0, run.stderr
         run.wait_for_no_process()
         stdout, stderr = run.stdout, run.stderr
@@ -51,16 +52,6 @@ def test_a_run_succeeds_quietly_on_the_loopback_only(model: Path, pictures: Path
     assert "done after" in stderr
 
 
-def with_timeout(run: Run) -> None:
-    """A moment's pause while the run goes on."""
-    wait_for(lambda: True, 1, lambda: "")
-    if run.process.poll() is None:
-        try:
-            run.process.wait(0.3)
-        except Exception:  # noqa: BLE001 it still runs, which is why this is called
-            return
-
-
 @pytest.fixture(scope="module")
 def begun(model: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output folder that a job with another prompt has begun."""
@@ -76,7 +67,7 @@ def begun(model: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory)
     ("wrong", "words"),
     [
         ("missing model", ["no-such-model"]),
-        ("another architecture", ["LlamaForCausalLM", "Mistral3ForConditionalGeneration"]),
+        ("another architecture", ["model_type 'llama'", "'mistral3'"]),
         ("missing column", ["no column 'photo'", "'image'", "--image-column"]),
         ("another job", ["belongs to another job", "prompt", "Quite another question.", "--output"]),
         ("too many stages", ["5 stages", "4 decoder layers", "--stages"]),
@@ -114,6 +105,7 @@ def test_what_the_user_can_mend_is_one_line_and_starts_nothing(
     assert not list(output.glob("part-*"))
 
 
+@pytest.mark.slow
 def test_too_many_errors_and_the_same_command_with_a_higher_rate(model: Path, pictures: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     with started(caption_command(model, pictures, output, "--max-error-rate", 0)) as run:
@@ -143,7 +135,7 @@ def stop_when(run: Run, moment: Callable[[], object], number: int, *, group: boo
 
 @pytest.mark.slow
 def test_stopped_by_every_signal_and_finished_by_the_same_command(model: Path, tmp_path: Path) -> None:
-    rows = 800
+    rows = 400
     source = write_pictures(tmp_path / "many.parquet", rows, bad=False)
     output = tmp_path / "out"
     command = caption_command(model, source, output, "--stages", 2, "--ignore-eos")

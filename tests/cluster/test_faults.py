@@ -80,7 +80,7 @@ def gone(pid_file: Path) -> Callable[[], bool]:
     return lambda: not is_alive(int(pid_file.read_text()))
 
 
-@pytest.mark.parametrize(("stage", "at"), [(1, "load"), (0, "step"), (1, "step")])
+@pytest.mark.parametrize(("stage", "at"), [(1, "load"), pytest.param(0, "step", marks=pytest.mark.slow), (1, "step")])
 def test_a_dead_stage_is_named_and_the_job_goes_on_later(
     undisturbed: tuple[CaptionSummary, Path], model: Path, pictures: Path, tmp_path: Path, stage: int, at: str
 ) -> None:
@@ -218,7 +218,7 @@ def deadly(image: bytes, marks: Path, *, once: bool) -> Any:
     return prepare
 
 
-@pytest.mark.parametrize("once", [False, True], ids=["always", "once"])
+@pytest.mark.parametrize("once", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["always", "once"])
 def test_a_decoder_that_crashes_costs_its_row_only(
     undisturbed: tuple[CaptionSummary, Path],
     model: Path,

@@ -104,6 +104,7 @@ def test_round_trip(split: tuple[int, ...], tied: bool, reference: Any, director
     assert_same(ours, theirs)
 
     save_stages(chunks, tmp_path)
+    assert Checkpoint.open(tmp_path).has_output_layer != tied, "a tied output layer is saved once, as the embedding"
     again = open_with_hugging_face(tmp_path)
     assert_same(named_weights(again), theirs)
     assert again.config.tie_word_embeddings == tied
@@ -415,6 +416,7 @@ def test_other_quantisation(method: str, copy: Any) -> None:
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "model.bin", 3])
 def test_an_index_that_leaves_the_directory(name: Any, copy: Any) -> None:
     folder = copy()
+    (folder / "model.safetensors").unlink()
     index = {"weight_map": {"lm_head.weight": name}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     message = problem(folder)
@@ -425,15 +427,24 @@ def test_an_index_that_leaves_the_directory(name: Any, copy: Any) -> None:
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": {}}}', "\x00"])
 def test_a_broken_index(text: str, copy: Any) -> None:
     folder = copy()
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(text)
     assert "model.safetensors.index.json" in problem(folder)
 
 
 def test_an_index_of_absent_files(copy: Any) -> None:
     folder = copy()
+    (folder / "model.safetensors").unlink()
     index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "model-00001-of-00002.safetensors" in problem(folder)
+
+
+def test_one_file_goes_before_an_index(copy: Any) -> None:
+    """As transformers does: a stale index beside a whole file is not followed."""
+    folder = copy()
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "gone.safetensors"}}')
+    Checkpoint.open(folder).check(load_config(folder))
 
 
 def test_pickles_are_never_opened(copy: Any) -> None:

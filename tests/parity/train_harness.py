@@ -104,7 +104,7 @@ class Pipeline:
             try:
                 own = replace(plan, actions=schedule.actions[stage])
                 reports[stage] = self.stages[stage].compute(own, *(blocks if stage == 0 else ()))
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001  # raised again in the caller's thread
                 reports[stage] = error
 
         threads = [threading.Thread(target=run, args=(stage,)) for stage in range(self.num_stages)]

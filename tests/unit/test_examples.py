@@ -406,10 +406,10 @@ def test_training_batches_depend_on_the_seed_and_the_step_alone() -> None:
 
     make_model = script("make_model")
     tokenizer = script("make_tokenizer").build_tokenizer()
-    recipe = make_model.Recipe(batch=4)
+    cycle = make_model.Cycle(steps=10, batch=4, learning_rate=1e-3)
 
     def batches(seed: int) -> object:
-        return make_model.TrainingBatches(recipe, seed, tokenizer, [])
+        return make_model.TrainingBatches(cycle, seed, 0, tokenizer, [])
 
     first, again, other = batches(0), batches(0), batches(1)
     first[0]  # what was drawn before must not matter
@@ -421,8 +421,10 @@ def test_labels_are_the_answers_tokens_through_the_end_of_sentence() -> None:
     make_model = script("make_model")
     tokenizer = script("make_tokenizer").build_tokenizer()
     pictures = script("pictures")
-    for step in range(6):
-        batch = make_model.TrainingBatches(make_model.Recipe(batch=4), 0, tokenizer, [])[step]
+    cycle = make_model.Cycle(steps=6, batch=4, learning_rate=1e-3)
+    batches = make_model.TrainingBatches(cycle, 0, 0, tokenizer, [])
+    for step in range(cycle.steps):
+        batch = batches[step]
         for ids, labels in zip(batch.ids.tolist(), batch.labels.tolist(), strict=True):
             answer = [label for label in labels if label != make_model.IGNORED]
             assert answer[-1] == 2

@@ -85,6 +85,14 @@ def test_a_draw_does_not_depend_on_the_batch() -> None:
     assert torch.equal(torch.cat(alone), together)
 
 
+def test_a_draw_on_a_boundary_takes_the_token_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws lie in [0, 1): four equal tokens own a quarter each, with its lower end."""
+    draws = np.asarray([0.0, 0.25, 0.5, 0.75, np.nextafter(0.25, 0), np.nextafter(1, 0)])
+    monkeypatch.setattr(module, "uniforms", lambda *_: draws)
+    tokens = sample(torch.zeros(6, 4), SamplingConfig(temperature=1.0), np.zeros(6), np.zeros(6))
+    assert tokens.tolist() == [0, 1, 2, 3, 0, 3]
+
+
 def test_no_rows() -> None:
     for temperature in (0.0, 1.0):
         tokens = sample(torch.empty(0, 5), SamplingConfig(temperature=temperature), np.empty(0), np.empty(0))

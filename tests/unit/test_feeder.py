@@ -1,0 +1,201 @@
+"""`Feeder` with a stand-in for Ray: every row once and in order, whatever dies whenever."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.exceptions import RayTaskError, WorkerCrashedError
+
+from ray_ministral.captioning.request import PreparedChunk, PreparedRow
+from ray_ministral.data.shards import Shard
+from ray_ministral.driver import feeder as feeder_module
+from ray_ministral.driver.feeder import Feeder, Prepared
+from ray_ministral.errors import ClusterError, InputError
+
+
+@dataclass(eq=False)
+class Reference:
+    value: Any
+
+
+@dataclass(eq=False)
+class Generator:
+    """A stream of references, as Ray's: where the task has failed, the last one holds the error."""
+
+    values: Iterator[Any]
+    end: Reference = field(default_factory=lambda: Reference(None))
+    cancelled: bool = False
+
+    def __next__(self) -> Reference:
+        if self.end.value is not None:
+            raise StopIteration
+        try:
+            return Reference(next(self.values))
+        except StopIteration:
+            raise
+        except WorkerCrashedError as error:
+            self.end.value = error
+        except Exception as error:  # noqa: BLE001 this is what Ray does
+            self.end.value = RayTaskError("prepare", "", error)
+        return self.end
+
+    def completed(self) -> Reference:
+        return self.end
+
+
+class FakeRay:
+    """What the feeder uses of the module `ray`; everything is ready at once."""
+
+    def wait(self, references: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        return references, []
+
+    def get(self, reference: Reference, timeout: float | None = None) -> Any:
+        if isinstance(reference.value, Exception):
+            raise reference.value
+        return reference.value
+
+    def cancel(self, generator: Generator) -> None:
+        generator.cancelled = True
+
+
+@dataclass
+class Workers:
+    """Prepares chunks of `chunk_rows` rows; dies at `deadly` rows, and when `luck` has it so."""
+
+    chunk_rows: int = 16
+    deadly: frozenset[tuple[int, int]] = frozenset()
+    luck: Iterator[bool] = field(default_factory=lambda: iter(()))
+    error: Exception | None = None
+    started: list[list[Shard]] = field(default_factory=list)
+
+    def start(self, shards: Sequence[Shard]) -> Generator:
+        self.started.append(list(shards))
+        return Generator(self._stream(list(shards)))
+
+    def _stream(self, shards: list[Shard]) -> Iterator[Any]:
+        for index in dict.fromkeys(shard.index for shard in shards):
+            rows = [row for shard in shards if shard.index == index for row in range(shard.start, shard.stop)]
+            for at in range(0, len(rows), self.chunk_rows):
+                chunk = rows[at : at + self.chunk_rows]
+                if self.error is not None:
+                    raise self.error
+                if any((index, row) in self.deadly for row in chunk):
+                    raise WorkerCrashedError
+                self._maybe_die()
+                ids = np.zeros(1, np.int32)
+                yield PreparedChunk(index, tuple(PreparedRow(row, ids, (), None) for row in chunk), 1)
+                self._maybe_die()
+                yield f"pixels of {index}: {chunk}"
+        self._maybe_die()
+
+    def _maybe_die(self) -> None:
+        if next(self.luck, False):
+            raise WorkerCrashedError
+
+
+@pytest.fixture(autouse=True)
+def fake_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeder_module, "ray", FakeRay())
+
+
+def shard(index: int, group: int, start: int, stop: int) -> Shard:
+    return Shard(index, "a.parquet", 0, group, start, stop, "/a.parquet")
+
+
+def take_all(feeder: Feeder) -> list[Prepared]:
+    taken = []
+    while not feeder.exhausted:
+        prepared = feeder.take()
+        if prepared is not None:
+            taken.append(prepared)
+    return taken
+
+
+def keys(taken: list[Prepared], *, failed: bool | None = None) -> list[tuple[int, int]]:
+    return [
+        (prepared.chunk.shard_index, row.row)
+        for prepared in taken
+        for row in prepared.chunk.rows
+        if failed is None or (row.failure is not None) == failed
+    ]
+
+
+def all_keys(shards: Sequence[Shard]) -> list[tuple[int, int]]:
+    return [(piece.index, row) for piece in shards for row in range(piece.start, piece.stop)]
+
+
+WHOLE = [shard(0, 0, 0, 40), shard(1, 0, 40, 50), shard(2, 1, 0, 7), shard(3, 1, 7, 90), shard(4, 2, 0, 1)]
+SINGLES = [shard(0, 0, row, row + 1) for row in (2, 3, 7, 21)] + [shard(1, 0, row, row + 1) for row in (40, 44)]
+
+
+@pytest.mark.parametrize("shards", [WHOLE, SINGLES], ids=["whole", "singles"])
+def test_rows_come_once_in_order_with_their_pixels(shards: list[Shard]) -> None:
+    workers = Workers(chunk_rows=3)
+    taken = take_all(Feeder(shards, workers.start))
+    assert keys(taken) == all_keys(shards)
+    for prepared in taken:
+        chunk = prepared.chunk
+        value = prepared.pixels.value
+        assert value == f"pixels of {chunk.shard_index}: {[row.row for row in chunk.rows]}"
+    groups = list(dict.fromkeys(piece.row_group for piece in shards))
+    assert [unit[0].row_group for unit in workers.started] == groups, "a row group is read once"
+
+
+@pytest.mark.parametrize("shards", [WHOLE, SINGLES], ids=["whole", "singles"])
+@pytest.mark.parametrize("seed", range(60))
+def test_whatever_dies_rows_come_once_and_only_those_at_fault_fail(shards: list[Shard], seed: int) -> None:
+    rng = random.Random(seed)
+    deadly: frozenset[tuple[int, int]] = frozenset()
+    luck: Iterator[bool] = iter(())
+    if seed % 2:
+        deadly = frozenset(rng.sample(all_keys(shards), rng.randint(1, 3)))
+    else:
+        # One worker dies for no reason of a row's own: between a chunk and its pixels, at the end, anywhere.
+        when = rng.randrange(20)
+        luck = iter([index == when for index in range(20)])
+    workers = Workers(rng.randint(1, 16), deadly, luck)
+    taken = take_all(Feeder(shards, workers.start))
+    assert keys(taken) == all_keys(shards)
+    assert set(keys(taken, failed=True)) == deadly
+
+
+def test_after_a_death_only_rows_of_the_chunk_under_way_stand_alone() -> None:
+    workers = Workers(deadly=frozenset({(0, 500)}))
+    taken = take_all(Feeder([shard(0, 0, 0, 10_000)], workers.start))
+    assert keys(taken) == all_keys([shard(0, 0, 0, 10_000)])
+    assert keys(taken, failed=True) == [(0, 500)]
+    (bad,) = [row for prepared in taken for row in prepared.chunk.rows if row.failure is not None]
+    assert bad.failure is not None
+    assert bad.failure.status == "engine_error"
+    assert "died" in bad.failure.error
+    # The whole, sixteen rows alone, and the others together.
+    assert len(workers.started) == 1 + 16 + 1
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "words"),
+    [
+        (InputError("a.parquet is damaged"), InputError, "^a.parquet is damaged$"),
+        (KeyError("a bug"), ClusterError, "rows of a.parquet cannot be prepared: KeyError: 'a bug'"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_raised(error: Exception, raised: type[Exception], words: str) -> None:
+    feeder = Feeder(WHOLE, Workers(error=error).start)
+    with pytest.raises(raised, match=words):
+        take_all(feeder)
+
+
+def test_only_so_many_units_are_under_way_and_close_stops_them() -> None:
+    workers = Workers()
+    shards = [shard(index, index, 0, 5) for index in range(10)]
+    feeder = Feeder(shards, workers.start, units_ahead=3)
+    assert len(workers.started) == 3
+    assert feeder.waitable() is not None
+    feeder.take()
+    feeder.close()
+    assert feeder.waitable() is None
