@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import logging
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,21 +20,12 @@ from ray_ministral.training.checkpoint import TrainState, latest_good, read_stat
 from ray_ministral.training.order import SampleOrder
 from ray_ministral.training.packing import num_microbatches
 from ray_ministral.training.rates import LearningRate
-from ray_ministral.training.samples import SampleOptions, plan_samples
+from ray_ministral.training.samples import SampleOptions, load_tokenizer, plan_samples
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
-PINNED = (
-    "model",
-    "train",
-    "samples",
-    "global_batch_size",
-    "seed",
-    "max_tokens",
-    "freeze",
-    "lora_rank",
-    "steps",
-    "epochs",
-)
+PINNED = ("train", "samples", "global_batch_size", "seed", "max_tokens", "freeze", "lora_rank")
 """What a resumed run must share with the one that it goes on with, or its curve would be another."""
 
 
@@ -69,25 +62,30 @@ class TrainJob:
         chunks = Partition.balanced(Costs.from_flops(arch), stages * per_stage)
         microbatches = num_microbatches(config.global_batch_size, config.microbatch_size)
         make_schedule(config.schedule, stages, -(-microbatches // config.pipeline.replicas), per_stage)
+        output = Path(os.path.abspath(config.output))
+        resume_from = _checkpoint_to_resume(config, output)
+        state = None if resume_from is None else read_state(resume_from)
+        if state is not None:
+            _refuse_another_run(state, config, resume_from)
+        date = (
+            datetime.date.fromisoformat(state.config["date"])
+            if state is not None
+            else datetime.datetime.now().astimezone().date()
+        )
         options = SampleOptions(
+            date=date,
             model_dir=model_dir,
             max_tokens=min(config.max_tokens, arch.max_positions),
             prompt=PromptConfig(image_column=config.samples.image_column, prompt_column=config.samples.prompt_column),
             response_column=config.samples.response_column,
             messages_column=config.samples.messages_column,
         )
+        load_tokenizer(options)  # for its refusals: of the chat template, of the prompt
         rows = plan_samples(config.train, options)
         order = SampleOrder(len(rows), config.seed)
         total = (
             config.steps if config.steps is not None else order.num_steps(config.epochs or 1, config.global_batch_size)
         )
-        output = Path(os.path.abspath(config.output))
-        resume_from = _checkpoint_to_resume(config, output)
-        first_step = 0
-        if resume_from is not None:
-            state = read_state(resume_from)
-            _refuse_another_run(state, config, resume_from)
-            first_step = state.step
         optimizer = config.optimizer
         return cls(
             config=config,
@@ -101,19 +99,23 @@ class TrainJob:
             total_steps=total,
             learning_rate=LearningRate(optimizer.learning_rate, optimizer.warmup_steps, total, optimizer.lr_schedule),
             resume_from=resume_from,
-            first_step=first_step,
+            first_step=0 if state is None else state.step,
         )
 
     def state(self, steps_done: int) -> TrainState:
         """What a checkpoint after so many steps says besides tensors."""
         cursor = self.order.cursor_at(steps_done, self.config.global_batch_size)
-        return TrainState(steps_done, self.config.seed, asdict(cursor), pinned(self.config))
+        date = self.sample_options.date
+        assert date is not None, "plan_job sets it"
+        # Chat templates may say today's date: a resumed run goes on with the day of its start.
+        held = pinned(self.config) | {"date": date.isoformat()}
+        return TrainState(steps_done, self.config.seed, asdict(cursor), held)
 
 
 def pinned(config: TrainConfig) -> dict[str, Any]:
     """What decides which samples a step has and what is trained, as plain JSON."""
     values = asdict(config)
-    return {name: _plain(values[name]) for name in PINNED if name not in ("model", "steps", "epochs")}
+    return {name: _plain(values[name]) for name in PINNED}
 
 
 def _plain(value: Any) -> Any:
@@ -129,7 +131,12 @@ def _checkpoint_to_resume(config: TrainConfig, output: Path) -> Path | None:
             raise ConfigError(f"--resume {config.resume} is no folder: give auto, never or a checkpoint's folder")
         return path
     folder = output / CHECKPOINTS
-    return latest_good(folder).checkpoint if folder.is_dir() else None
+    if not folder.is_dir():
+        return None
+    found = latest_good(folder)
+    for skipped in found.skipped:
+        logger.warning("a checkpoint cannot be used: %s", skipped)
+    return found.checkpoint
 
 
 def _refuse_another_run(state: TrainState, config: TrainConfig, path: Path) -> None:

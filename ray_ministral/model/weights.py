@@ -234,12 +234,6 @@ def _read_into(stored: StoredTensor, tensor: Tensor) -> None:
             done += count
 
 
-def _opened(path: str) -> Any:
-    from safetensors import safe_open
-
-    return safe_open(path, framework="pt", device="cpu")
-
-
 def read_tensors(
     model: Ministral3Model, values: Callable[[nn.Parameter], Tensor | None]
 ) -> Iterator[tuple[str, Tensor]]:
