@@ -64,14 +64,11 @@ class TrainJob:
         make_schedule(config.schedule, stages, -(-microbatches // config.pipeline.replicas), per_stage)
         output = Path(os.path.abspath(config.output))
         resume_from = _checkpoint_to_resume(config, output)
-        state = None if resume_from is None else read_state(resume_from)
-        if state is not None:
+        date, first_step = datetime.datetime.now().astimezone().date(), 0
+        if resume_from is not None:
+            state = read_state(resume_from)
             _refuse_another_run(state, config, resume_from)
-        date = (
-            datetime.date.fromisoformat(state.config["date"])
-            if state is not None
-            else datetime.datetime.now().astimezone().date()
-        )
+            date, first_step = datetime.date.fromisoformat(state.config["date"]), state.step
         options = SampleOptions(
             date=date,
             model_dir=model_dir,
@@ -99,7 +96,7 @@ class TrainJob:
             total_steps=total,
             learning_rate=LearningRate(optimizer.learning_rate, optimizer.warmup_steps, total, optimizer.lr_schedule),
             resume_from=resume_from,
-            first_step=0 if state is None else state.step,
+            first_step=first_step,
         )
 
     def state(self, steps_done: int) -> TrainState:
