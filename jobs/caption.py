@@ -8,12 +8,8 @@ Works as `python jobs/caption.py`, `python -m jobs.caption`, and in `ray job sub
 
 from __future__ import annotations
 
-import logging
-import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +22,7 @@ if ROOT not in sys.path:
 
 import click  # noqa: E402
 
+from jobs.command import let_local_workers_import_us, log_to_stderr, run_command  # noqa: E402
 from ray_ministral import __version__  # noqa: E402
 from ray_ministral.config import (  # noqa: E402
     DEFAULT_PROMPT,
@@ -35,15 +32,9 @@ from ray_ministral.config import (  # noqa: E402
     PromptConfig,
     SamplingConfig,
 )
-from ray_ministral.errors import RayMinistralError  # noqa: E402
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from ray_ministral.driver.summary import CaptionSummary
-
-USAGE_ERROR = 2
-INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -68,71 +59,7 @@ def main(arguments: Sequence[str] | None = None, *, engine: Callable[[], Engine]
     0 done, 2 wrong options, model or input, 3 too many row errors, 4 the cluster failed for good, 130 interrupted. A
     bug keeps its traceback (and Python's status 1).
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    try:
-        with _terminate_as_interrupt():
-            status = command.main(args=list(arguments), prog_name="caption.py", standalone_mode=False, obj=engine)
-    except RayMinistralError as error:
-        _complain(str(error))
-        return error.exit_status
-    except click.ClickException as error:
-        _complain(f"{error.format_message()} (--help lists the options)")
-        return USAGE_ERROR
-    except (KeyboardInterrupt, click.Abort):
-        _complain("interrupted; the same command goes on where this one stopped", label="stopped")
-        return INTERRUPTED
-    except SystemExit as error:
-        # `ray.init` puts its own SIGTERM handler in place of ours; it leaves by `sys.exit(SIGTERM)`.
-        if error.code != signal.SIGTERM:
-            raise
-        _complain("terminated; the same command goes on where this one stopped", label="stopped")
-        return INTERRUPTED
-    return status if isinstance(status, int) else 0
-
-
-def _complain(message: str, label: str = "error") -> None:
-    click.echo(f"{label}: {message}", err=True)
-
-
-@contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM (`ray job stop`, a batch system's time limit) unwind like Ctrl-C, so that all is cleaned up."""
-
-    def interrupt(_signal: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-class _StderrHandler(logging.StreamHandler[Any]):
-    """Writes to the stderr of the moment: the live progress bar replaces it, and lines must go above the bar."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.setStream(sys.stderr)
-        super().emit(record)
-
-
-def _log_to_stderr() -> None:
-    handler = _StderrHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
-    logger = logging.getLogger("ray_ministral")
-    logger.handlers = [handler]
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-
-
-def _let_local_workers_import_us() -> None:
-    """Put the project on PYTHONPATH, which the workers of a cluster that this process starts inherit.
-
-    Ray gives workers the script's folder and the current directory, neither of which need be the one with `actors`.
-    """
-    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    if ROOT not in known:
-        os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, known)])
+    return run_command(command, arguments, prog_name="caption.py", engine=engine)
 
 
 @click.command(
@@ -303,8 +230,8 @@ def command(
         retry_failed=retry_failed,
         address=address,
     )
-    _log_to_stderr()
-    _let_local_workers_import_us()
+    log_to_stderr()
+    let_local_workers_import_us(ROOT)
     if dry_run:
         click.echo(engine().describe(config))
     else:

@@ -12,11 +12,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ray_ministral.config import CaptionConfig as CaptionConfig
     from ray_ministral.config import ImageLimits as ImageLimits
+    from ray_ministral.config import OptimizerConfig as OptimizerConfig
     from ray_ministral.config import PipelineConfig as PipelineConfig
     from ray_ministral.config import PromptConfig as PromptConfig
+    from ray_ministral.config import SampleConfig as SampleConfig
     from ray_ministral.config import SamplingConfig as SamplingConfig
+    from ray_ministral.config import TrainConfig as TrainConfig
     from ray_ministral.driver.captioner import caption as caption
     from ray_ministral.driver.summary import CaptionSummary as CaptionSummary
+    from ray_ministral.driver.trainer import train as train
     from ray_ministral.model.ministral3 import Ministral3Model as Ministral3Model
 
 __version__ = "0.1.0"
@@ -27,10 +31,14 @@ _HOMES = {
     "CaptionSummary": "ray_ministral.driver.summary",
     "ImageLimits": "ray_ministral.config",
     "Ministral3Model": "ray_ministral.model.ministral3",
+    "OptimizerConfig": "ray_ministral.config",
     "PipelineConfig": "ray_ministral.config",
     "PromptConfig": "ray_ministral.config",
+    "SampleConfig": "ray_ministral.config",
     "SamplingConfig": "ray_ministral.config",
+    "TrainConfig": "ray_ministral.config",
     "caption": "ray_ministral.driver.captioner",
+    "train": "ray_ministral.driver.trainer",
 }
 
 __all__ = [
@@ -38,11 +46,15 @@ __all__ = [
     "CaptionSummary",
     "ImageLimits",
     "Ministral3Model",
+    "OptimizerConfig",
     "PipelineConfig",
     "PromptConfig",
+    "SampleConfig",
     "SamplingConfig",
+    "TrainConfig",
     "__version__",
     "caption",
+    "train",
 ]
 
 

@@ -195,3 +195,121 @@ class CaptionConfig:
         _require(self.rows_per_shard >= 1, f"--rows-per-shard must be at least 1, got {self.rows_per_shard}")
         _require(self.limit is None or self.limit >= 1, f"--limit must be at least 1, got {self.limit}: leave it out")
         _require(0 <= self.max_error_rate <= 1, f"--max-error-rate must lie in [0, 1], got {self.max_error_rate}")
+
+
+ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zero-bubble"]
+LearningRateName = Literal["constant", "cosine", "linear"]
+Freezable = Literal["vision", "projector", "language"]
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Where the pairs to train on are: image, prompt and response columns, or one column of messages."""
+
+    image_column: str = "image"
+    prompt_column: str | None = None
+    response_column: str | None = None
+    messages_column: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.messages_column is None:
+            _require(
+                self.response_column is not None,
+                "--response-column is missing: name the column of answers, or give --messages-column",
+            )
+        else:
+            _require(
+                self.prompt_column is None and self.response_column is None,
+                "--messages-column excludes --prompt-column and --response-column: give one or the other",
+            )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, clipping and the learning rate. No decay on norms and biases."""
+
+    learning_rate: float = 1e-5
+    warmup_steps: int = 0
+    lr_schedule: LearningRateName = "constant"
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        _require(0 < self.learning_rate < float("inf"), f"--learning-rate must be positive, got {self.learning_rate}")
+        _require(self.warmup_steps >= 0, f"--warmup-steps must not be negative, got {self.warmup_steps}")
+        _require(self.weight_decay >= 0, f"--weight-decay must not be negative, got {self.weight_decay}")
+        _require(
+            self.clip_norm is None or self.clip_norm > 0,
+            f"--clip-norm must be positive, got {self.clip_norm}: leave it out for no clipping",
+        )
+        for name, beta in (("--adam-beta1", self.adam_beta1), ("--adam-beta2", self.adam_beta2)):
+            _require(0 <= beta < 1, f"{name} must lie in [0, 1), got {beta}")
+        _require(self.adam_eps > 0, f"--adam-eps must be positive, got {self.adam_eps}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A fine-tuning job.
+
+    `global_batch_size` samples make an optimizer step, whatever the stages and replicas; they are filled into
+    microbatches of `microbatch_size` samples on average, evenly by tokens.
+    """
+
+    model: str
+    train: tuple[str, ...]
+    output: str
+    samples: SampleConfig
+    eval: str | None = None
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    schedule: ScheduleName = "1f1b"
+    chunks_per_stage: int = 1
+    global_batch_size: int = 16
+    microbatch_size: int = 2
+    steps: int | None = None
+    epochs: int | None = None
+    seed: int = 0
+    freeze: tuple[Freezable, ...] = ()
+    lora_rank: int | None = None
+    recompute: bool = False
+    max_tokens: int = 8192
+    checkpoint_every: int | None = None
+    keep_checkpoints: int = 2
+    resume: str = "auto"
+    address: str = "auto"
+
+    def __post_init__(self) -> None:
+        _require(bool(self.model), "--model is missing: give a Hugging Face model directory")
+        _require(bool(self.train), "--train is missing: give a parquet file, folder, glob or filesystem URI")
+        _require(bool(self.output), "--output is missing: give a folder")
+        _require(
+            (self.steps is None) != (self.epochs is None),
+            f"give one of --steps and --epochs, got steps {self.steps} and epochs {self.epochs}",
+        )
+        for name, value in (
+            ("--steps", self.steps),
+            ("--epochs", self.epochs),
+            ("--chunks-per-stage", self.chunks_per_stage),
+            ("--global-batch-size", self.global_batch_size),
+            ("--microbatch-size", self.microbatch_size),
+            ("--lora-rank", self.lora_rank),
+            ("--checkpoint-every", self.checkpoint_every),
+            ("--keep-checkpoints", self.keep_checkpoints),
+            ("--max-tokens", self.max_tokens),
+        ):
+            _require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+        _require(
+            self.chunks_per_stage == 1 or self.schedule == "interleaved",
+            f"--chunks-per-stage {self.chunks_per_stage} needs --schedule interleaved, got {self.schedule}",
+        )
+        microbatches = -(-self.global_batch_size // self.microbatch_size)
+        _require(
+            microbatches >= self.pipeline.replicas,
+            f"{microbatches} microbatches a step for {self.pipeline.replicas} replicas: every replica needs one; lower "
+            "--replicas or --microbatch-size, or raise --global-batch-size",
+        )
+        _require(set(self.freeze) != {"vision", "projector", "language"}, "--freeze leaves nothing to train: name less")
+        _require(0 <= self.seed < 2**63, f"--seed must lie in [0, 2**63), got {self.seed}")

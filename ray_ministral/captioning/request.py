@@ -9,26 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ray_ministral.errors import RowError
+from ray_ministral.data.rows import Pixels, RowFailure
+
+__all__ = ["OK", "Pixels", "PreparedChunk", "PreparedRow", "RowFailure", "RowResult"]
 
 OK = "ok"
-
-Pixels = list[list[np.ndarray]]
-"""The pixels of a chunk: for each of its rows a list of images, uint8 `[3, H, W]`, already resized."""
-
-
-@dataclass(frozen=True)
-class RowFailure:
-    """A `RowError` as data: `status` and `error_stage` as CONTRACT's columns have them, `error` for people."""
-
-    status: str
-    error: str
-    stage: str
-
-    @classmethod
-    def of(cls, error: RowError) -> RowFailure:
-        """The failure that `error` stands for."""
-        return cls(status=error.status, error=str(error), stage=error.stage)
 
 
 @dataclass(frozen=True, eq=False)

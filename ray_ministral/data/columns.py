@@ -7,6 +7,7 @@ code: some others (`arrow.py_extension_type`) hold a pickle, and to unpickle is 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import pyarrow as pa
 
@@ -41,6 +42,28 @@ _CANONICAL_EXTENSIONS = frozenset(
 
 IMAGE_TYPES = "binary, a struct with a binary field `bytes`, or a list of either"
 TEXT_TYPES = "text, a number, a truth value or a date"
+MESSAGES_TYPES = "a list of structs {role, content}, or text with such a list as JSON"
+
+
+@dataclass(frozen=True)
+class RowColumns:
+    """Which columns of a row are read: its images, the values of its prompt, and what is learnt from it."""
+
+    image: str
+    texts: tuple[str, ...] = ()
+    response: str | None = None
+    messages: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of them, each once."""
+        found = (self.image, *self.values, self.messages)
+        return tuple(dict.fromkeys(name for name in found if name is not None))
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """Those that hold single values."""
+        return self.texts if self.response is None else (*self.texts, self.response)
 
 
 def output_fields(*, with_token_ids: bool) -> tuple[pa.Field, ...]:
@@ -59,13 +82,19 @@ def plain_columns(carried: Sequence[str], without: Sequence[str]) -> str:
     return " ".join(f"--columns {name}" for name in left) or "--columns with a column of another name"
 
 
-def check_columns(file: str, schema: pa.Schema, *, image: str, texts: Sequence[str], carried: Sequence[str]) -> None:
+def check_columns(file: str, schema: pa.Schema, columns: RowColumns, *, carried: Sequence[str] = ()) -> None:
     """Refuses a file whose columns cannot be used: missing, doubled, of a wrong type, or an extension.
 
-    `image` is the image column, `texts` those the prompt takes in, `carried` those that are carried over.
+    `columns` are those that are read, `carried` those that are carried over.
     Raises InputError, with the column, its type, what is wanted and what is there.
     """
-    for option, names in (("--image-column", [image]), ("the prompt", texts), ("--columns", carried)):
+    for option, names in (
+        ("--image-column", [columns.image]),
+        ("the prompt", columns.texts),
+        ("--response-column", [columns.response] if columns.response is not None else []),
+        ("--messages-column", [columns.messages] if columns.messages is not None else []),
+        ("--columns", carried),
+    ):
         for name in names:
             count = schema.names.count(name)
             if count == 0:
@@ -75,18 +104,23 @@ def check_columns(file: str, schema: pa.Schema, *, image: str, texts: Sequence[s
             if count > 1:
                 raise InputError(f"{file} has {count} columns called {name!r}: rename them, so that one can be chosen")
             _refuse_extensions(file, schema.field(name))
-    image_type = schema.field(image).type
-    if not is_image(image_type):
+    image, messages = columns.image, columns.messages
+    if not is_image(schema.field(image).type):
         raise InputError(
-            f"{file}: column {image!r} is of type {image_type}, which holds no images; wanted {IMAGE_TYPES}: "
-            f"choose another with --image-column; there is {_described(schema)}"
+            f"{file}: column {image!r} is of type {schema.field(image).type}, which holds no images; wanted "
+            f"{IMAGE_TYPES}: choose another with --image-column; there is {_described(schema)}"
         )
-    for name in texts:
+    for name in columns.values:
         if not is_text(schema.field(name).type):
             raise InputError(
                 f"{file}: column {name!r} is of type {schema.field(name).type}, which cannot stand in a prompt; wanted "
                 f"{TEXT_TYPES}: choose another; there is {_described(schema)}"
             )
+    if messages is not None and not is_messages(schema.field(messages).type):
+        raise InputError(
+            f"{file}: column {messages!r} is of type {schema.field(messages).type}, which holds no conversation; "
+            f"wanted {MESSAGES_TYPES}: choose another with --messages-column; there is {_described(schema)}"
+        )
 
 
 def is_image(type_: pa.DataType) -> bool:
@@ -125,6 +159,23 @@ def is_text(type_: pa.DataType) -> bool:
         types.is_null,
     )
     return any(test(type_) for test in tests)
+
+
+def is_string(type_: pa.DataType) -> bool:
+    """Whether it is any of Arrow's texts, or a dictionary of them."""
+    types = pa.types
+    if types.is_dictionary(type_):
+        return is_string(type_.value_type)
+    return bool(types.is_string(type_) or types.is_large_string(type_) or types.is_string_view(type_))
+
+
+def is_messages(type_: pa.DataType) -> bool:
+    """Whether a column of this type can hold conversations. What is in them is checked row by row."""
+    if is_list(type_):
+        item = type_.value_type
+        names = {field.name for field in item} if pa.types.is_struct(item) else set()
+        return {"role", "content"} <= names
+    return is_string(type_)
 
 
 def _is_one_image(type_: pa.DataType) -> bool:

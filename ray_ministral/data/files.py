@@ -86,18 +86,18 @@ def locate(text: str) -> Location:
     return Location(name=name, location=uri, filesystem=filesystem, path=inner)
 
 
-def find_files(inputs: Sequence[str]) -> list[FoundFile]:
+def find_files(inputs: Sequence[str], *, option: str = "--input") -> list[FoundFile]:
     """The files that `inputs` (files, folders, globs, URIs) stand for, sorted by name, each once.
 
     Folders are searched to any depth. In folders and globs, entries that begin with `_` or `.` are left out, as Spark
-    and Hive do. Raises InputError where an input stands for nothing.
+    and Hive do. Raises InputError where an input stands for nothing; it says that `option` is to be mended.
     """
     by_location: dict[str, FoundFile] = {}
     for text in inputs:
-        found = list(_expand(text))
+        found = list(_expand(text, option))
         if not found:
             raise InputError(
-                f"--input {_shown(text)} stands for no file: give a parquet file, a folder with parquet files, or a "
+                f"{option} {_shown(text)} stands for no file: give a parquet file, a folder with parquet files, or a "
                 "glob (files that begin with _ or . are left out)"
             )
         for file in found:
@@ -107,7 +107,7 @@ def find_files(inputs: Sequence[str]) -> list[FoundFile]:
         if before.place.name == after.place.name:
             raise InputError(
                 f"two inputs are both called {after.place.name}, so their rows could not be told apart in the output: "
-                "caption them in two jobs"
+                "rename one, or take them in two jobs"
             )
     return files
 
@@ -198,16 +198,16 @@ def _hidden(relative: str) -> bool:
     return any(part.startswith(("_", ".")) for part in relative.split("/"))
 
 
-def _expand(text: str) -> Iterator[FoundFile]:
+def _expand(text: str, option: str) -> Iterator[FoundFile]:
     """The files that one input stands for."""
     is_uri = _URI.match(text) is not None
     wildcard = _URI_GLOB if is_uri else _GLOB
     pattern = urlsplit(text).path if is_uri else os.path.expanduser(text)
     if not wildcard.search(pattern):
-        yield from _file_or_folder(locate(text))
+        yield from _file_or_folder(locate(text), option)
         return
     if not is_uri and os.path.lexists(pattern):  # a file that is really called a[1].parquet
-        yield from _file_or_folder(locate(text))
+        yield from _file_or_folder(locate(text), option)
         return
     parts = pattern.split("/")
     first = next(index for index, part in enumerate(parts) if wildcard.search(part))
@@ -228,7 +228,7 @@ def _expand(text: str) -> Iterator[FoundFile]:
         if matches(relative):
             if info.type == pafs.FileType.Directory:
                 folders.append(relative)
-            yield from _file_or_folder(_child(root, relative), info)
+            yield from _file_or_folder(_child(root, relative), option, info)
 
 
 def _matcher(parts: Sequence[str]) -> Callable[[str], bool]:
@@ -263,14 +263,14 @@ def _entries(root: Location, *, recursive: bool) -> list[tuple[str, pafs.FileInf
     return [(info.path.removeprefix(prefix), info) for info in infos]
 
 
-def _file_or_folder(place: Location, info: pafs.FileInfo | None = None) -> Iterator[FoundFile]:
+def _file_or_folder(place: Location, option: str, info: pafs.FileInfo | None = None) -> Iterator[FoundFile]:
     if info is None:
         try:
             info = place.filesystem.get_file_info(place.path)
         except OSError as error:
             raise InputError(f"cannot look at {place.name}: {error}") from error
     if info.type == pafs.FileType.NotFound:
-        raise InputError(f"--input {place.name} does not exist: give a parquet file, folder, glob or filesystem URI")
+        raise InputError(f"{option} {place.name} does not exist: give a parquet file, folder, glob or filesystem URI")
     if info.type != pafs.FileType.Directory:
         yield FoundFile(place=place, size=info.size)
         return

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_ministral.data.columns import is_list
+from ray_ministral.data.columns import RowColumns, is_list, is_string
 from ray_ministral.data.files import locate
 from ray_ministral.data.shards import Shard
 from ray_ministral.errors import BadImageError, InputError, PromptError, RowError, TooLargeError
@@ -34,7 +34,8 @@ TextValue = str | int | float | bool | None
 class SourceRow:
     """One row as it was read: encoded images, the values for the prompt, or the error that came of reading it.
 
-    `row` counts within the row group. `images` is empty for a row with an empty list.
+    `row` counts within the row group. `images` is empty for a row with an empty list. `messages` is the value of the
+    messages column as Python has it: a text, or lists and dictionaries.
     """
 
     shard: Shard
@@ -42,6 +43,7 @@ class SourceRow:
     images: tuple[bytes, ...]
     texts: Mapping[str, TextValue]
     error: RowError | None
+    messages: object = None
 
 
 def iter_rows(
@@ -59,10 +61,10 @@ def iter_rows(
     """
     _require_one_row_group(shards)
     first = shards[0]
-    columns = list(dict.fromkeys((image_column, *text_columns)))
+    columns = RowColumns(image=image_column, texts=tuple(text_columns))
     pending = list(shards)
     position = 0
-    for batch in _batches(first, columns, batch_rows, stop=shards[-1].stop):
+    for batch in row_batches(first, columns.names, batch_rows, stop=shards[-1].stop):
         for offset in range(batch.num_rows):
             row = position + offset
             while pending and row >= pending[0].stop:
@@ -70,10 +72,10 @@ def iter_rows(
             if not pending:
                 return
             if row >= pending[0].start:
-                yield _source_row(pending[0], row, batch, offset, image_column, text_columns, max_value_bytes)
+                yield source_row(pending[0], row, batch, offset, columns, max_value_bytes)
         position += batch.num_rows
     if position < shards[-1].stop:
-        raise _too_few_rows(first, position, shards[-1].stop)
+        raise too_few_rows(first, position, shards[-1].stop)
 
 
 def _require_one_row_group(shards: Sequence[Shard]) -> None:
@@ -93,12 +95,15 @@ def _reading(shard: Shard) -> Iterator[None]:
     except (pa.ArrowException, OSError) as error:
         raise InputError(
             f"{shard.file}: row group {shard.row_group} cannot be read: {error}; check the file, or take it out of "
-            "--input"
+            "the input"
         ) from error
 
 
-def _batches(shard: Shard, columns: Sequence[str], batch_rows: int, *, stop: int) -> Iterator[pa.RecordBatch]:
-    """The shard's row group in batches of `batch_rows` rows, from its first row until row `stop` has been read."""
+def row_batches(shard: Shard, columns: Sequence[str], batch_rows: int, *, stop: int) -> Iterator[pa.RecordBatch]:
+    """The shard's row group in batches of `batch_rows` rows, from its first row until row `stop` has been read.
+
+    Raises InputError where the file cannot be read. It may have fewer rows: see `too_few_rows`.
+    """
     place = locate(shard.location)
     with _reading(shard), place.filesystem.open_input_file(place.path) as source:
         # A buffer makes Arrow stream a column chunk instead of holding it whole; pre_buffer would undo that.
@@ -118,32 +123,56 @@ def _batches(shard: Shard, columns: Sequence[str], batch_rows: int, *, stop: int
                 return
 
 
-def _too_few_rows(shard: Shard, found: int, wanted: int) -> InputError:
+def too_few_rows(shard: Shard, found: int, wanted: int) -> InputError:
+    """What to raise where a row group has fewer rows than its footer said."""
     return InputError(
         f"{shard.file}: row group {shard.row_group} has {found} rows where {wanted} were planned: its footer is wrong, "
         "or it changed while the job ran; write it anew and start with another --output"
     )
 
 
-def _source_row(
+def source_row(
     shard: Shard,
     row: int,
     batch: pa.RecordBatch,
     offset: int,
-    image_column: str,
-    text_columns: Sequence[str],
-    max_value_bytes: int,
+    columns: RowColumns,
+    max_value_bytes: int = MAX_VALUE_BYTES,
 ) -> SourceRow:
+    """Row `offset` of `batch`, which is row `row` of its row group. What is wrong with it becomes its `error`.
+
+    A null image is wrong, save beside a conversation, which says itself how many images belong to it.
+    """
     images: tuple[bytes, ...] = ()
     texts: dict[str, TextValue] = {}
+    messages: object = None
     error: RowError | None = None
     try:
-        for name in text_columns:
+        for name in columns.values:
             texts[name] = _text(batch.column(name)[offset], name, max_value_bytes)
-        images = _images(batch.column(image_column)[offset], image_column, max_value_bytes)
+        if columns.messages is not None:
+            messages = _messages(batch.column(columns.messages), offset, columns.messages, max_value_bytes)
+        image = batch.column(columns.image)[offset]
+        if image.is_valid or columns.messages is None:
+            images = _images(image, columns.image, max_value_bytes)
     except RowError as failure:
         error = failure
-    return SourceRow(shard=shard, row=row, images=images, texts=texts, error=error)
+    return SourceRow(shard=shard, row=row, images=images, texts=texts, error=error, messages=messages)
+
+
+def _messages(column: pa.Array, offset: int, name: str, max_value_bytes: int) -> object:
+    """The conversation in one value, plain Python. Raises PromptError."""
+    if is_string(column.type):
+        return _text(column[offset], name, max_value_bytes)
+    size = column.slice(offset, 1).nbytes
+    if size > max_value_bytes:
+        raise PromptError(f"column {name!r} has {size} bytes, at most {max_value_bytes} are read", stage="read")
+    try:
+        return column[offset].as_py()
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"column {name!r} is not UTF-8: {error.reason} at byte {error.start}", stage="read"
+        ) from error
 
 
 def _text(scalar: pa.Scalar, column: str, max_value_bytes: int) -> TextValue:
@@ -213,14 +242,14 @@ def read_columns(shard: Shard, columns: Sequence[str]) -> pa.Table:
         return pa.table({})
     pieces: list[pa.RecordBatch] = []
     position = 0
-    for batch in _batches(shard, columns, CARRIED_ROWS, stop=shard.stop):
+    for batch in row_batches(shard, columns, CARRIED_ROWS, stop=shard.stop):
         start, stop = max(shard.start - position, 0), min(shard.stop - position, batch.num_rows)
         if start < stop:
             # a dotted name can match inside another column, too, so the columns are picked out again by name
             pieces.append(batch.select(list(columns)).slice(start, stop - start))
         position += batch.num_rows
     if position < shard.stop:
-        raise _too_few_rows(shard, position, shard.stop)
+        raise too_few_rows(shard, position, shard.stop)
     table = pa.Table.from_batches(pieces)
     # batches do not carry the fields' metadata and nullability
     return pa.Table.from_arrays(table.columns, schema=pa.schema(fields))

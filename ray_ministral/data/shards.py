@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_ministral.data.columns import check_columns, output_columns, plain_columns
+from ray_ministral.data.columns import RowColumns, check_columns, output_columns, plain_columns
 from ray_ministral.data.files import FoundFile, find_files
 from ray_ministral.errors import ConfigError, InputError
 
@@ -96,22 +97,44 @@ def plan_shards(
     """
     if rows_per_shard < 1:
         raise ConfigError(f"--rows-per-shard must be at least 1, got {rows_per_shard}")
-    found = find_files(inputs)
-    with ThreadPoolExecutor(max_workers=FOOTERS_AT_ONCE) as pool:
-        footers = list(pool.map(_read_footer, found))
+    found, footers = _read_footers(inputs, "--input")
     carried = _carried_columns(
         found, footers, image_column=image_column, columns=columns, with_token_ids=with_token_ids
     )
+    read = RowColumns(image=image_column, texts=tuple(text_columns))
     for file, (schema, _) in zip(found, footers, strict=True):
-        check_columns(file.place.name, schema, image=image_column, texts=text_columns, carried=carried)
+        check_columns(file.place.name, schema, read, carried=carried)
+    shards = _cut(found, [group_rows for _, group_rows in footers], rows_per_shard, limit)
+    files = tuple(
+        InputFile(name=file.place.name, size=file.size, row_group_rows=group_rows)
+        for file, (_, group_rows) in zip(found, footers, strict=True)
+    )
+    return ShardPlan(shards=shards, files=files, carried_columns=carried)
 
+
+def plan_row_groups(inputs: Sequence[str], columns: RowColumns, *, option: str) -> tuple[Shard, ...]:
+    """The row groups of `inputs`, each as one shard, in input order: for reading rows in any order.
+
+    Raises InputError as `plan_shards` does; it says that `option` is to be mended.
+    """
+    found, footers = _read_footers(inputs, option)
+    for file, (schema, _) in zip(found, footers, strict=True):
+        check_columns(file.place.name, schema, columns)
+    return _cut(found, [group_rows for _, group_rows in footers], rows_per_shard=None, limit=None)
+
+
+def _cut(
+    found: Sequence[FoundFile], group_rows: Sequence[tuple[int, ...]], rows_per_shard: int | None, limit: int | None
+) -> tuple[Shard, ...]:
+    """Shards of at most `rows_per_shard` rows, or of whole row groups; only the first `limit` rows of all."""
     shards: list[Shard] = []
     left = limit
-    for file_index, (file, (_, group_rows)) in enumerate(zip(found, footers, strict=True)):
-        for row_group, rows in enumerate(group_rows):
+    for file_index, (file, groups) in enumerate(zip(found, group_rows, strict=True)):
+        for row_group, rows in enumerate(groups):
             taken = rows if left is None else min(rows, left)
             left = None if left is None else left - taken
-            for start in range(0, taken, rows_per_shard):
+            step = rows_per_shard or max(1, taken)
+            for start in range(0, taken, step):
                 shards.append(
                     Shard(
                         index=len(shards),
@@ -119,18 +142,22 @@ def plan_shards(
                         file_index=file_index,
                         row_group=row_group,
                         start=start,
-                        stop=min(start + rows_per_shard, taken),
+                        stop=min(start + step, taken),
                         location=file.place.location,
                     )
                 )
-    files = tuple(
-        InputFile(name=file.place.name, size=file.size, row_group_rows=group_rows)
-        for file, (_, group_rows) in zip(found, footers, strict=True)
-    )
-    return ShardPlan(shards=tuple(shards), files=files, carried_columns=carried)
+    return tuple(shards)
 
 
-def _read_footer(file: FoundFile) -> tuple[pa.Schema, tuple[int, ...]]:
+def _read_footers(
+    inputs: Sequence[str], option: str
+) -> tuple[list[FoundFile], list[tuple[pa.Schema, tuple[int, ...]]]]:
+    found = find_files(inputs, option=option)
+    with ThreadPoolExecutor(max_workers=FOOTERS_AT_ONCE) as pool:
+        return found, list(pool.map(partial(_read_footer, option=option), found))
+
+
+def _read_footer(file: FoundFile, option: str) -> tuple[pa.Schema, tuple[int, ...]]:
     """The schema of a file and the rows of each of its row groups. Raises InputError."""
     try:
         with file.place.filesystem.open_input_file(file.place.path) as source:
@@ -140,8 +167,8 @@ def _read_footer(file: FoundFile) -> tuple[pa.Schema, tuple[int, ...]]:
             schema = parquet.schema_arrow
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(
-            f"{file.place.name} cannot be read as a parquet file: {error}; take it out of --input (a folder stands for "
-            "all its files; a glob such as folder/*.parquet chooses)"
+            f"{file.place.name} cannot be read as a parquet file: {error}; take it out of {option} (a folder stands "
+            "for all its files; a glob such as folder/*.parquet chooses)"
         ) from error
     if any(count < 0 for count in rows):
         raise InputError(

@@ -19,7 +19,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray_ministral.captioning.batching import BatchScheduler, Finished, Request
 from ray_ministral.captioning.plan import StepPlan
 from ray_ministral.captioning.request import OK, PreparedRow, RowFailure, RowResult
-from ray_ministral.config import CaptionConfig
+from ray_ministral.config import CaptionConfig, StageOptions
 from ray_ministral.data.shards import Shard
 from ray_ministral.driver import tasks
 from ray_ministral.driver.clock import Clock
@@ -64,6 +64,17 @@ class Replica:
     scheduler: BatchScheduler
     in_flight: dict[Any, StepPlan] = field(default_factory=dict)
 
+    def launch(self) -> None:
+        """Send a step of every microbatch that is not in flight through all stages."""
+        first, *others = self.pipeline.actors
+        for launch in self.scheduler.launches():
+            result = first.step.remote(launch.plan, None, *launch.blocks)
+            if others:
+                plan = launch.plan.without_token_ids()
+                for actor in others:
+                    result = actor.step.remote(plan, result)
+            self.in_flight[result] = launch.plan
+
 
 @dataclass(frozen=True)
 class RowKey:
@@ -100,7 +111,8 @@ class Captioner:
                 self._start(stack)
             while not self._tracker.done:
                 self._admit()
-                self._launch()
+                for replica in self._replicas:
+                    replica.launch()
                 self._handle_events()
                 progress.update(**vars(self._tracker.totals))
             summary = self._summary()
@@ -120,17 +132,23 @@ class Captioner:
 
     def _start_replicas(self, stack: ExitStack) -> list[Replica]:
         config = self.config.pipeline
-        self._resolved = resolved = resolve(config)
+        resolved = resolve(config)
+        arguments = [
+            (
+                StageOptions(self._job.model_dir, spec, resolved.device, resolved.dtype, resolved.threads),
+                self.config.sampling,
+                config.kv_tokens_per_microbatch,
+            )
+            for spec in self._job.partition.stages
+        ]
         pipelines: list[Pipeline] = []
         for index in range(config.replicas):
             pipeline = Pipeline.start(
                 f"replica {index}",
-                model_dir=self._job.model_dir,
-                partition=self._job.partition,
+                actor_class=self._actor_class or stage_actor_class(),
+                arguments=arguments,
                 config=config,
                 resolved=resolved,
-                sampling=self.config.sampling,
-                actor_class=self._actor_class or stage_actor_class(),
                 announce=self._progress.message,
             )
             stack.callback(pipeline.close)
@@ -186,11 +204,6 @@ class Captioner:
             pixels=(prepared.pixels, index) if row.image_sizes else None,
         )
         replica.scheduler.add(request)
-
-    def _launch(self) -> None:
-        for replica in self._replicas:
-            for launch in replica.scheduler.launches():
-                replica.in_flight[replica.pipeline.submit(launch)] = launch.plan
 
     def _handle_events(self) -> None:
         """Wait for whatever comes first: tokens, a chunk, a written part."""

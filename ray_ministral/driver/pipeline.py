@@ -1,10 +1,13 @@
-"""`Pipeline`: the live stages of one replica. Starts them, hands steps through, always takes them away again."""
+"""`Pipeline`: the live stages of one replica. Starts them, watches over them, always takes them away again.
+
+It knows actors and placement, not what they are for: captioning and training use it alike.
+"""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -13,12 +16,10 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ray_ministral.captioning.batching import Launch
-from ray_ministral.config import STAGE_ENVIRONMENT, PipelineConfig, SamplingConfig, StageOptions
+from ray_ministral.config import STAGE_ENVIRONMENT, PipelineConfig
 from ray_ministral.driver.cluster import Resolved
 from ray_ministral.driver.stage_actor import LoadReport, StageStatus
 from ray_ministral.errors import PlacementError, RayMinistralError, StageDiedError
-from ray_ministral.pipeline.partition import Partition
 
 ANNOUNCE_EVERY_S = 5.0
 STATUS_TIMEOUT_S = 0.5  # for a line of progress
@@ -29,13 +30,16 @@ Announce = Callable[[str], None]
 
 
 class Pipeline:
-    """One replica: an actor for each stage, in one placement group. `generation` grows with each rebuild."""
+    """One replica: an actor for each stage, in one placement group. `generation` grows with each rebuild.
+
+    The actors have `load() -> LoadReport`, and `status()` and `busy_seconds()` in a concurrency group of their own.
+    """
 
     def __init__(self, name: str, group: PlacementGroup, actors: list[Any], generation: int) -> None:
         self.name = name
         self.generation = generation
         self._group = group
-        self._actors = actors
+        self.actors = actors
         self._loads: list[Any] = []
         self.reports: list[LoadReport] = []
 
@@ -44,33 +48,31 @@ class Pipeline:
         cls,
         name: str,
         *,
-        model_dir: str,
-        partition: Partition,
+        actor_class: Any,
+        arguments: Sequence[tuple[Any, ...]],
         config: PipelineConfig,
         resolved: Resolved,
-        sampling: SamplingConfig,
-        actor_class: Any,
         announce: Announce,
         generation: int = 0,
     ) -> Pipeline:
-        """Reserve room for all stages, start their actors and let them load, in parallel; `wait_ready` waits for them.
+        """Reserve room for all stages, start their actors, let them load in parallel; `wait_ready` waits for them.
 
-        Raises `PlacementError` where the cluster has no room within `config.placement_timeout_s`.
+        `arguments` has what each stage's actor is made with, first to last. Raises `PlacementError` where the cluster
+        has no room within `config.placement_timeout_s`.
         """
-        group = placement_group([resolved.bundle] * len(partition.stages), strategy="PACK")
+        group = placement_group([resolved.bundle] * len(arguments), strategy="PACK")
         pipeline = cls(name, group, [], generation)
         try:
-            _wait_for_room(name, group, resolved, len(partition.stages), config.placement_timeout_s, announce)
-            for index, spec in enumerate(partition.stages):
-                options = StageOptions(model_dir, spec, resolved.device, resolved.dtype, resolved.threads)
+            _wait_for_room(name, group, resolved, len(arguments), config.placement_timeout_s, announce)
+            for index, own in enumerate(arguments):
                 actor = actor_class.options(
                     num_cpus=resolved.threads,
                     num_gpus=1 if resolved.device == "cuda" else 0,
                     scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
                     runtime_env={"env_vars": STAGE_ENVIRONMENT | {"OMP_NUM_THREADS": str(resolved.threads)}},
-                ).remote(options, sampling, config.kv_tokens_per_microbatch)
-                pipeline._actors.append(actor)
-            pipeline._loads = [actor.load.remote() for actor in pipeline._actors]
+                ).remote(*own)
+                pipeline.actors.append(actor)
+            pipeline._loads = [actor.load.remote() for actor in pipeline.actors]
         except BaseException:
             pipeline.close()
             raise
@@ -79,7 +81,7 @@ class Pipeline:
     @property
     def num_stages(self) -> int:
         """Stages of this replica."""
-        return len(self._actors)
+        return len(self.actors)
 
     def wait_ready(self, timeout_s: float, announce: Announce) -> None:
         """Wait until all stages have their weights; says every few seconds what each is doing.
@@ -103,16 +105,6 @@ class Pipeline:
                 )
         self.reports = ray.get(self._loads)
 
-    def submit(self, launch: Launch) -> Any:
-        """Send a step through all stages; returns the reference to the sampled token ids."""
-        first, *others = self._actors
-        result = first.step.remote(launch.plan, None, *launch.blocks)
-        if others:
-            plan = launch.plan.without_token_ids()
-            for actor in others:
-                result = actor.step.remote(plan, result)
-        return result
-
     def busy_seconds(self) -> list[float]:
         """Seconds that each stage has spent in steps; 0 for one that does not answer."""
         return [0.0 if seconds is None else seconds for seconds in self._ask("busy_seconds", BUSY_TIMEOUT_S)]
@@ -123,7 +115,7 @@ class Pipeline:
 
     def death(self, error: RayActorError) -> StageDiedError:
         """What to raise for a stage that has died: which one, where, and Ray's reason, in one line."""
-        index = next((i for i, actor in enumerate(self._actors) if actor._actor_id.hex() == error.actor_id), None)
+        index = next((i for i, actor in enumerate(self.actors) if actor._actor_id.hex() == error.actor_id), None)
         stage = "a stage" if index is None else f"stage {index}"
         where = re.search(r"\spid: (\d+).*\sip: (\S+)", str(error), re.DOTALL)
         process = f" (process {where[1]} on {where[2]})" if where else ""
@@ -139,7 +131,7 @@ class Pipeline:
 
     def close(self) -> None:
         """End the actors and give the room back. Never raises: it runs while something else is being raised."""
-        for actor in self._actors:
+        for actor in self.actors:
             with suppress(Exception):
                 ray.kill(actor, no_restart=True)
         with suppress(Exception):
@@ -147,7 +139,7 @@ class Pipeline:
 
     def _ask(self, method: str, timeout_s: float) -> list[Any]:
         """What each stage answers within the time; None for one that does not, or that is dead."""
-        answers = [getattr(actor, method).remote() for actor in self._actors]
+        answers = [getattr(actor, method).remote() for actor in self.actors]
         ray.wait(answers, num_returns=len(answers), timeout=timeout_s)
         return [_value(answer) for answer in answers]
 

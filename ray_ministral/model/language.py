@@ -66,8 +66,13 @@ def transformer_config(config: Mistral3Config, stage: StageSpec, dtype: torch.dt
     )
 
 
-def build_language_model(config: Mistral3Config, stage: StageSpec, dtype: torch.dtype, device: torch.device) -> Any:
-    """A `GPTModel` with the layers of `stage`; parameters are allocated on `device` and not initialised."""
+def build_language_model(
+    config: Mistral3Config, stage: StageSpec, dtype: torch.dtype, device: torch.device, *, share_output_layer: bool
+) -> Any:
+    """A `GPTModel` with the layers of `stage`; parameters are allocated on `device` and not initialised.
+
+    `share_output_layer`: a chunk that has both ends of a tied model uses its embedding as its output layer.
+    """
     arch = Architecture.from_config(config)
     with torch.device(device), quietly():
         spec = get_gpt_layer_local_spec(normalization="RMSNorm")
@@ -80,7 +85,9 @@ def build_language_model(config: Mistral3Config, stage: StageSpec, dtype: torch.
             pre_process=stage.is_first,
             post_process=stage.is_last,
             parallel_output=False,
-            share_embeddings_and_output_weights=arch.tied_embeddings and stage.is_first and stage.is_last,
+            share_embeddings_and_output_weights=(
+                share_output_layer and arch.tied_embeddings and stage.is_first and stage.is_last
+            ),
             position_embedding_type="none",
             pg_collection=groups_of_one(),
         )

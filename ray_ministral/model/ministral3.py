@@ -38,6 +38,8 @@ class Ministral3Model(MegatronModule):  # type: ignore[misc]  # megatron ships n
     vp_stage: number of this chunk within its pipeline stage, where a stage has several; else None.
     stage: which decoder layers it holds; all of them when left out.
     dtype, device: of the parameters. initialize: draw random weights (off where weights are loaded next).
+    share_output_layer: on a chunk with both ends of a tied model, whether they are one parameter; two, each with a
+    gradient of its own, for training.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Ministral3Model(MegatronModule):  # type: ignore[misc]  # megatron ships n
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         initialize: bool = True,
+        share_output_layer: bool = True,
     ) -> None:
         check_config(config)
         num_layers = Architecture.from_config(config).num_layers
@@ -63,7 +66,9 @@ class Ministral3Model(MegatronModule):  # type: ignore[misc]  # megatron ships n
             )
         device = torch.device(device)
         with torch.device("meta"):
-            language_model = language.build_language_model(config, stage, dtype, torch.device("meta"))
+            language_model = language.build_language_model(
+                config, stage, dtype, torch.device("meta"), share_output_layer=share_output_layer
+            )
             vision_tower, projector = vision.build_vision(config) if stage.is_first else (None, None)
         super().__init__(config=language_model.config)
         self.hf_config = config

@@ -28,6 +28,7 @@ from ray_ministral.model.checkpoint import (
     StoredTensor,
     hub_name,
 )
+from ray_ministral.model.low_rank import adapter_names, adapters_of
 from ray_ministral.model.ministral3 import Ministral3Model
 
 if TYPE_CHECKING:
@@ -76,9 +77,13 @@ class TensorSlot:
         """The Hugging Face tensor out of a tensor shaped as the parameter."""
         return self.region(values).flatten(0, 1)
 
+    def put(self, tensor: Tensor, values: Tensor) -> None:
+        """Set the slot's part of `values`, shaped as the parameter, from a Hugging Face tensor of any float dtype."""
+        self.region(values).copy_(tensor.unflatten(0, (self.groups, -1)))
+
     def write(self, tensor: Tensor) -> None:
         """Set the parameter's part from a Hugging Face tensor of any float dtype and device."""
-        self.region(self.parameter.data).copy_(tensor.unflatten(0, (self.groups, -1)))
+        self.put(tensor, self.parameter.data)
 
 
 def tensor_slots(model: Ministral3Model) -> dict[str, TensorSlot]:
@@ -122,6 +127,17 @@ def tensor_slots(model: Ministral3Model) -> dict[str, TensorSlot]:
     return slots
 
 
+def all_slots(model: Ministral3Model) -> dict[str, TensorSlot]:
+    """`tensor_slots`, and a chunk's low-rank adapters under the names that `peft` gives them in a file."""
+    slots = tensor_slots(model)
+    for layer in adapters_of(model):
+        for index, (projection, b) in enumerate(zip(layer.names, layer.b, strict=True)):
+            name_a, name_b = adapter_names(projection)
+            slots[name_a] = TensorSlot(layer.a, index * layer.rank, (index + 1) * layer.rank)
+            slots[name_b] = TensorSlot(b, 0, b.shape[0])
+    return slots
+
+
 def load_chunk(
     model_dir: str | os.PathLike[str],
     stage: StageSpec | None = None,
@@ -129,6 +145,7 @@ def load_chunk(
     vp_stage: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    share_output_layer: bool = True,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Ministral3Model:
     """A chunk with its weights, of which only its own are read.
@@ -142,7 +159,15 @@ def load_chunk(
     config = as_stored(config, checkpoint)
     pre_process, post_process = (True, True) if stage is None else (stage.is_first, stage.is_last)
     model = Ministral3Model(
-        config, pre_process, post_process, vp_stage, stage=stage, dtype=dtype, device=device, initialize=False
+        config,
+        pre_process,
+        post_process,
+        vp_stage,
+        stage=stage,
+        dtype=dtype,
+        device=device,
+        initialize=False,
+        share_output_layer=share_output_layer,
     )
     tied = is_tied(config)
     sources = [
@@ -209,12 +234,6 @@ def _read_into(stored: StoredTensor, tensor: Tensor) -> None:
             done += count
 
 
-def _opened(path: str) -> Any:
-    from safetensors import safe_open
-
-    return safe_open(path, framework="pt", device="cpu")
-
-
 def read_tensors(
     model: Ministral3Model, values: Callable[[nn.Parameter], Tensor | None]
 ) -> Iterator[tuple[str, Tensor]]:
@@ -225,6 +244,21 @@ def read_tensors(
             yield name, slot.read(held)
 
 
+def stored_tensors(model: Ministral3Model) -> dict[str, Tensor]:
+    """What a chunk's file holds, by the names on the hub: views of the weights, but copies of what is fused."""
+    tied = is_tied(model.hf_config)
+    return {
+        hub_name(name): tensor.detach()
+        for name, tensor in read_tensors(model, lambda parameter: parameter.data)
+        if not (tied and name == OUTPUT_LAYER)
+    }
+
+
+def weight_file_name(part: int, parts: int) -> str:
+    """Name of a chunk's file among those of all chunks."""
+    return f"model-{part + 1:05d}-of-{parts:05d}.safetensors"
+
+
 def save_chunk(model: Ministral3Model, directory: str | os.PathLike[str], part: int, parts: int) -> dict[str, str]:
     """Write a chunk's weights as one safetensors file; returns its entries of the index (tensor name to file name).
 
@@ -232,13 +266,8 @@ def save_chunk(model: Ministral3Model, directory: str | os.PathLike[str], part: 
     """
     from safetensors.torch import save_file
 
-    tied = is_tied(model.hf_config)
-    tensors = {
-        hub_name(name): tensor.detach().to("cpu").contiguous()
-        for name, tensor in read_tensors(model, lambda parameter: parameter.data)
-        if not (tied and name == OUTPUT_LAYER)
-    }
-    file_name = f"model-{part + 1:05d}-of-{parts:05d}.safetensors"
+    tensors = {name: tensor.to("cpu").contiguous() for name, tensor in stored_tensors(model).items()}
+    file_name = weight_file_name(part, parts)
     os.makedirs(directory, exist_ok=True)
     save_file(tensors, os.path.join(directory, file_name), metadata={"format": "pt"})
     return dict.fromkeys(tensors, file_name)
@@ -258,15 +287,16 @@ def finish_save(config: Mistral3Config, directory: str | os.PathLike[str], weigh
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    dtype = _saved_dtype(os.path.join(directory, next(iter(weight_map.values()))))
+    dtype = DTYPES[Checkpoint.open(directory).tensors[EMBEDDING].dtype]  # `from_pretrained` casts to what it says
     for part in (config, config.text_config, config.vision_config):
         part.dtype = dtype  # type: ignore[union-attr]
     config.architectures = ["Mistral3ForConditionalGeneration"]
     config.save_pretrained(directory)
 
 
-def _saved_dtype(path: str) -> torch.dtype:
-    """The dtype of a file that `save_chunk` wrote: `from_pretrained` casts to what config.json says."""
-    with _opened(path) as file:
-        tensor: Tensor = file.get_tensor(next(iter(file.keys())))
-        return tensor.dtype
+def parameter_names(model: Ministral3Model) -> dict[str, nn.Parameter]:
+    """Every parameter of a chunk once, by the global name of its tensor; of a fused one, by the name of the first."""
+    names: dict[nn.Parameter, str] = {}
+    for name, slot in all_slots(model).items():
+        names.setdefault(slot.parameter, name)
+    return {name: parameter for parameter, name in names.items()}

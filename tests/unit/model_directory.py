@@ -59,8 +59,10 @@ HUB_LIKE_TEMPLATE = """{%- set standard = 'Today is ' + strftime_now('%Y-%m-%d')
             {%- endfor %}
             {{- '[/INST]' }}
         {%- endif %}
+    {%- elif message['role'] == 'assistant' %}
+        {{- message['content'] + eos_token }}
     {%- else %}
-        {{- raise_exception('only user and system, got ' + message['role']) }}
+        {{- raise_exception('only user, system and assistant, got ' + message['role']) }}
     {%- endif %}
 {%- endfor %}"""
 

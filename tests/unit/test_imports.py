@@ -160,8 +160,14 @@ WITHOUT_TORCH = [
     "ray_ministral.data.shards",
     "ray_ministral.data.parquet",
     "ray_ministral.data.ledger",
+    "ray_ministral.data.row_reader",
     "ray_ministral.captioning.prompts",
     "ray_ministral.captioning.request",
+    "ray_ministral.training.order",
+    "ray_ministral.training.packing",
+    "ray_ministral.training.samples",
+    "ray_ministral.training.checkpoint",
+    "ray_ministral.pipeline.generators",
     *(module_of(path) for path in sorted((ROOT / "ray_ministral" / "driver").glob("*.py"))),
 ]
 
@@ -171,7 +177,7 @@ def test_the_driver_and_its_data_import_without_torch(module: str) -> None:
     assert not loaded_by("-c", f"import {module}") & {"torch", "megatron"}
 
 
-@pytest.mark.parametrize("program", [("jobs/caption.py",), ("-m", "jobs.caption")])
+@pytest.mark.parametrize("program", [("jobs/caption.py",), ("-m", "jobs.caption"), ("jobs/train.py",)])
 def test_help_is_light_and_quick(program: tuple[str, ...]) -> None:
     assert not loaded_by(*program, "--help") & HEAVY
     seconds = []

@@ -11,6 +11,7 @@ import click
 import pytest
 
 from jobs.caption import command
+from jobs.train import command as train_command
 from ray_ministral.config import DEFAULT_PROMPT
 from ray_ministral.driver.summary import CaptionSummary
 from ray_ministral.errors import RowError
@@ -142,7 +143,16 @@ def test_the_readme_has_each_option_as_it_is(row: Row) -> None:
 def test_the_readme_mentions_no_option_that_does_not_exist() -> None:
     own = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     of_ray = {"--head", "--working-dir", "--generate", "--disable-usage-stats", "--address"}
-    assert own - of_ray <= set(click_options())
+    assert own - of_ray <= set(click_options()) | options_of_training()
+
+
+def options_of_training() -> set[str]:
+    return {name for option in train_command.params for name in option.opts}
+
+
+def test_the_section_on_training_mentions_options_of_training() -> None:
+    own = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", section("Fine-tuning")))
+    assert {"--train", "--response-column", "--schedule", "--lora-rank"} <= own <= options_of_training() | {"--help"}
 
 
 def test_the_output_columns_are_those_that_are_written() -> None:

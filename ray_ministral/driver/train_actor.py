@@ -1,0 +1,137 @@
+"""The thin Ray skin around a `TrainStage`. Like `StageActor` it imports nothing heavy until `load`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from ray_ministral.driver.stage_actor import HEALTH, LoadReport, StageStatus
+from ray_ministral.training.checkpoint import StagePart, TrainState, commit_checkpoint
+from ray_ministral.training.plan import StageReport, TrainPlan, TrainStageOptions
+
+if TYPE_CHECKING:
+    from ray_ministral.training.stage import TrainStage
+
+GROUP_TIMEOUT_S = 600.0
+
+
+class TrainActor:
+    """One stage of one replica in training, in a process of its own."""
+
+    def __init__(self, options: TrainStageOptions) -> None:
+        self._options = options
+        self._status = StageStatus("starting")
+        self._stage: TrainStage | None = None
+        self._store: Any = None
+        self._busy = 0.0
+
+    def load(self) -> LoadReport:
+        """Import torch and megatron, read this stage's chunks."""
+        self._status = StageStatus("importing")
+        started = time.perf_counter()
+        from ray_ministral.pipeline.stage import process_memory
+        from ray_ministral.training.build import build_stage
+
+        imported = time.perf_counter()
+        self._stage = build_stage(self._options, self._loading)
+        size = sum(p.nbytes for chunk in self._stage.chunks.values() for p in chunk.parameters())
+        self._status = StageStatus("ready", size, size)
+        return LoadReport(
+            pid=os.getpid(),
+            node_id=ray.get_runtime_context().get_node_id(),
+            import_seconds=imported - started,
+            load_seconds=time.perf_counter() - imported,
+            parameter_bytes=size,
+            peak_rss_bytes=process_memory()["peak_rss"],
+        )
+
+    def _loading(self, done: int, total: int) -> None:
+        self._status = StageStatus("loading", done, total)
+
+    @property
+    def stage(self) -> TrainStage:
+        """After `load`."""
+        assert self._stage is not None, "load() comes first"
+        return self._stage
+
+    def serve_store(self) -> tuple[str, int]:
+        """Open the store at which all stages meet; its address."""
+        from ray_ministral.pipeline.transport import serve_store
+
+        host = ray.util.get_node_ip_address()
+        self._store = serve_store(host, GROUP_TIMEOUT_S)
+        return host, self._store.port
+
+    def join(self, generation: int, address: tuple[str, int]) -> None:
+        """Make the process groups of a generation with the other stages."""
+        from ray_ministral.training.build import connect_stage
+
+        connect_stage(
+            self.stage,
+            self._options,
+            generation,
+            address,
+            own_store=self._store,
+            host=ray.util.get_node_ip_address(),
+            timeout_s=GROUP_TIMEOUT_S,
+        )
+
+    def compute(self, plan: TrainPlan, *blocks: Any) -> StageReport:
+        """See `TrainStage.compute`."""
+        report = self.stage.compute(plan, *blocks)
+        self._busy += report.busy_seconds
+        return report
+
+    def commit(self, scale: float, learning_rate: float) -> None:
+        """See `TrainStage.commit`."""
+        self.stage.commit(scale, learning_rate)
+
+    def trainable(self) -> dict[int, bool]:
+        """Whether each of its chunks has weights to train."""
+        return {
+            number: any(parameter.requires_grad for parameter in chunk.parameters())
+            for number, chunk in self.stage.chunks.items()
+        }
+
+    def restore(self, checkpoint: str) -> None:
+        """Weights, masters and moments out of a checkpoint."""
+        from ray_ministral.training.restore import load_stage
+
+        load_stage(self.stage, Path(checkpoint))
+
+    def save(self, folder: str) -> StagePart:
+        """Write its files of a checkpoint."""
+        from ray_ministral.training.snapshot import save_stage
+
+        return save_stage(self.stage, Path(folder))
+
+    def commit_checkpoint(self, folder: str, parts: Sequence[StagePart], state: TrainState) -> str:
+        """When all stages have saved into `folder`: add the rest and give it its name."""
+        from ray_ministral.training.lora import LoraOptions
+
+        options = self._options
+        lora = None if options.lora_rank is None else LoraOptions(options.lora_rank)
+        config = next(iter(self.stage.chunks.values())).hf_config
+        done = commit_checkpoint(Path(folder), parts, state, config=config, model_dir=options.model_dir, lora=lora)
+        return str(done)
+
+    @ray.method(concurrency_group=HEALTH)
+    def status(self) -> StageStatus:
+        """Answers at once, whatever the stage is doing."""
+        return self._status
+
+    @ray.method(concurrency_group=HEALTH)
+    def busy_seconds(self) -> float:
+        """Seconds spent computing so far."""
+        return self._busy
+
+
+def train_actor_class() -> Any:
+    """`TrainActor` as a Ray actor class; Ray restarts and retries nothing."""
+    remote: Any = ray.remote  # its type stubs lack concurrency groups
+    return remote(max_restarts=0, max_task_retries=0, concurrency_groups={HEALTH: 1})(TrainActor)

@@ -1,0 +1,108 @@
+"""The order of samples: a permutation for each epoch, from the seed and the epoch alone.
+
+It knows nothing of stages, replicas, microbatches or the batch size, so a run that goes on with others of them goes on
+with the same samples. Epochs follow each other without a seam: a step that is not filled by the end of one takes the
+rest from the next. So every step has the same number of samples (the loss is an average over a step: a last batch of
+three would weigh each of its samples many times as much), and none is lost, as the last ones of each epoch would be if
+unfilled steps were dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+
+from ray_ministral.errors import InputError
+
+
+@dataclass(frozen=True, order=True)
+class Cursor:
+    """The next sample: place `index` in the permutation of `epoch`, both counted from 0."""
+
+    epoch: int = 0
+    index: int = 0
+
+
+class SampleOrder:
+    """Which samples come when."""
+
+    def __init__(
+        self, num_samples: int, seed: int, *, group_rows: Sequence[int] | None = None, window: int | None = None
+    ) -> None:
+        """`num_samples` are numbered from 0. Without more, an epoch is one permutation of all.
+
+        Data that is too large to be kept in memory wants neighbours together: with `group_rows` (samples of each row
+        group, in order) and `window`, row groups are permuted whole, and samples only within windows of so many.
+        """
+        if num_samples < 1:
+            raise InputError("there is nothing to train on: --train has no rows")
+        if (group_rows is None) != (window is None):
+            raise ValueError("group_rows and window go together: give both, or neither")
+        if group_rows is not None and sum(group_rows) != num_samples:
+            raise ValueError(f"row groups of {sum(group_rows)} rows together, wanted {num_samples}")
+        if window is not None and window < 1:
+            raise ValueError(f"a window needs a sample at least, got {window}")
+        self.num_samples = num_samples
+        self.seed = seed
+        self._group_rows = None if group_rows is None else tuple(group_rows)
+        self._window = window
+        self._permutations: dict[int, np.ndarray] = {}
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        """All samples in the order of `epoch`, int64 `[num_samples]`, not to be written to."""
+        if epoch not in self._permutations:
+            # a step may lie across two epochs, hardly ever across more
+            for old in sorted(self._permutations)[:-1]:
+                del self._permutations[old]
+            permutation = self._permute(epoch)
+            permutation.setflags(write=False)
+            self._permutations[epoch] = permutation
+        return self._permutations[epoch]
+
+    def cursor_at(self, step: int, global_batch_size: int) -> Cursor:
+        """Where step `step` (counted from 0) begins, if all before it had `global_batch_size` samples."""
+        return Cursor(*divmod(step * global_batch_size, self.num_samples))
+
+    def take(self, cursor: Cursor, count: int) -> tuple[tuple[int, ...], Cursor]:
+        """`count` samples from `cursor` on, and the cursor after them."""
+        epoch, index = cursor.epoch, cursor.index
+        taken: list[int] = []
+        while len(taken) < count:
+            piece = self.permutation(epoch)[index : index + count - len(taken)]
+            taken.extend(piece.tolist())
+            index += len(piece)
+            if index == self.num_samples:
+                epoch, index = epoch + 1, 0
+        return tuple(taken), Cursor(epoch, index)
+
+    def step_samples(self, step: int, global_batch_size: int) -> tuple[int, ...]:
+        """The samples of step `step`, counted from 0."""
+        return self.take(self.cursor_at(step, global_batch_size), global_batch_size)[0]
+
+    def num_steps(self, epochs: int, global_batch_size: int) -> int:
+        """Steps until every sample has come `epochs` times (a few come once more, to fill the last step)."""
+        return -(-epochs * self.num_samples // global_batch_size)
+
+    def _permute(self, epoch: int) -> np.ndarray:
+        keys = self._random(epoch, 0, self.num_samples)
+        if self._group_rows is None or self._window is None:
+            return np.argsort(keys, kind="stable")
+        groups = np.argsort(self._random(epoch, 1, len(self._group_rows)), kind="stable")
+        starts = [0, *accumulate(self._group_rows)]
+        by_group = np.concatenate([np.arange(starts[group], starts[group + 1]) for group in groups])
+        for start in range(0, self.num_samples, self._window):
+            window = slice(start, start + self._window)
+            by_group[window] = by_group[window][np.argsort(keys[window], kind="stable")]
+        return by_group
+
+    def _random(self, epoch: int, stream: int, count: int) -> np.ndarray:
+        """uint64 `[count]`.
+
+        Raw output of Philox and a stable sort, since numpy does not promise that `Generator.permutation` stays the same
+        from one version to the next (NEP 19), and a run may be resumed by another.
+        """
+        philox = np.random.Philox(key=np.array([self.seed, epoch], dtype=np.uint64), counter=stream << 192)
+        return philox.random_raw(count)

@@ -1,0 +1,141 @@
+"""A stage from a checkpoint, however the run was cut that wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ray_ministral.errors import InputError
+from ray_ministral.model.architecture import is_tied
+from ray_ministral.model.checkpoint import EMBEDDING, OUTPUT_LAYER, canonical_name
+from ray_ministral.model.low_rank import adapters_of
+from ray_ministral.model.ministral3 import Ministral3Model
+from ray_ministral.model.weights import TensorSlot, all_slots, parameter_names
+from ray_ministral.training.checkpoint import MODEL, OPTIMIZER
+from ray_ministral.training.model_directory import ADAPTER_CONFIG
+from ray_ministral.training.optimizer import MASTER, AdamW
+from ray_ministral.training.stage import TrainStage
+
+Read = Callable[[str], Tensor | None]
+"""A weight by its global name, a tensor of the optimizer by NAME.kind; None where there is none."""
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+STEP = "step"
+
+
+def load_stage(stage: TrainStage, checkpoint: Path) -> None:
+    """Set weights, masters, moments and step counts of a stage from a checkpoint; only its own are read.
+
+    What the run that wrote the checkpoint did not train starts with fresh moments. The dtype may differ: masters come
+    from masters. Raises `InputError` where the checkpoint does not fit the stage.
+    """
+    adapted = any(next(adapters_of(chunk), None) is not None for chunk in stage.chunks.values())
+    if adapted != (checkpoint / MODEL / ADAPTER_CONFIG).exists():
+        has, wants = ("all weights", "adapters") if adapted else ("adapters", "all weights")
+        raise InputError(
+            f"{checkpoint} holds {has}, this run trains {wants}: use the --lora-rank of the run that wrote it, or "
+            f"begin a new run from its model with --model{'' if adapted else ' (merged first)'}"
+        )
+    restore(stage, _reader(checkpoint), f"{checkpoint}")
+
+
+def restore(stage: TrainStage, read: Read, source: str) -> None:
+    """Set a stage from whatever has its tensors by name. `source` names it in errors. Raises `InputError`."""
+    for chunk in stage.chunks.values():
+        restoring = _Chunk(chunk, stage.optimizer, read, source)
+        for parameter in restoring.slots:
+            restoring.restore(parameter)
+
+
+class _Chunk:
+    """One chunk while it is restored, a parameter at a time."""
+
+    def __init__(self, chunk: Ministral3Model, optimizer: AdamW, read: Read, source: str) -> None:
+        self._optimizer, self._read, self._source = optimizer, read, source
+        self._keys = {parameter: name for name, parameter in parameter_names(chunk).items()}
+        self._adapted = next(adapters_of(chunk), None) is not None
+        tied = is_tied(chunk.hf_config)
+        self.slots: dict[nn.Parameter, dict[str, TensorSlot]] = {}
+        for name, slot in all_slots(chunk).items():
+            stored = EMBEDDING if tied and name == OUTPUT_LAYER else name
+            self.slots.setdefault(slot.parameter, {})[stored] = slot
+
+    def restore(self, parameter: nn.Parameter) -> None:
+        if not parameter.requires_grad:
+            if not self._adapted:  # else it is as training began, and not in the checkpoint
+                for name, slot in self.slots[parameter].items():
+                    slot.write(self._fitting(name, slot, self._wanted(name)))
+            return
+        master = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
+        for name, slot in self.slots[parameter].items():
+            found = self._read(f"{name}.{MASTER}")
+            slot.put(self._fitting(name, slot, self._wanted(name) if found is None else found), master)
+        self._optimizer.load_state(self._keys[parameter], master, self._moments(parameter, master))
+
+    def _moments(self, parameter: nn.Parameter, like: Tensor) -> dict[str, Tensor]:
+        """Moments and step count of a parameter; none where none of its tensors was trained before."""
+        slots = self.slots[parameter]
+        steps = {name: self._read(f"{name}.{STEP}") for name in slots}
+        counts = {None if step is None else float(step) for step in steps.values()}
+        if counts == {None}:
+            return {}
+        if len(counts) > 1:
+            raise InputError(
+                f"{self._source}: the tensors {', '.join(slots)} are one parameter here, and were stepped differently "
+                f"({', '.join(str(count) for count in counts)} times): this checkpoint was not written by this project"
+            )
+        moments = {STEP: torch.tensor(counts.pop(), dtype=torch.float32)}
+        for kind in MOMENTS:
+            values = torch.empty_like(like)
+            for name, slot in slots.items():
+                slot.put(self._fitting(name, slot, self._wanted(f"{name}.{kind}")), values)
+            moments[kind] = values
+        return moments
+
+    def _wanted(self, name: str) -> Tensor:
+        tensor = self._read(name)
+        if tensor is None:
+            raise InputError(
+                f"{self._source} has no tensor {name!r}: it was written for another model or with another --lora-rank"
+            )
+        return tensor
+
+    def _fitting(self, name: str, slot: TensorSlot, tensor: Tensor) -> Tensor:
+        if tuple(tensor.shape) != slot.shape:
+            raise InputError(
+                f"{self._source}: {name} is {list(tensor.shape)}, the model has {list(slot.shape)}: it was written for "
+                "another model or with another --lora-rank"
+            )
+        return tensor
+
+
+def _reader(checkpoint: Path) -> Read:
+    """Reads tensors out of a checkpoint's files. A file is mapped anew for each: no mapped page outlives its copy."""
+    places: dict[str, tuple[Path, str]] = {}
+    for folder in (MODEL, OPTIMIZER):
+        for path in sorted((checkpoint / folder).glob("*.safetensors")):
+            with _opened(path) as file:
+                places |= {canonical_name(stored): (path, stored) for stored in file.keys()}  # noqa: SIM118
+
+    def read(name: str) -> Tensor | None:
+        if name not in places:
+            return None
+        path, stored = places[name]
+        with _opened(path) as file:
+            tensor: Tensor = file.get_tensor(stored)
+        return tensor
+
+    return read
+
+
+def _opened(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"cannot read {path}: {error}. Resume from another checkpoint") from error

@@ -1,0 +1,103 @@
+"""Steps of training on threads: batches that differ from step to step, layouts of stages, and whole runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ray_ministral.data.images import ImagePreprocessor
+from ray_ministral.pipeline.generators import make_schedule
+from ray_ministral.pipeline.schedule import Schedule
+from ray_ministral.training.plan import IGNORED, TrainMicrobatch
+from ray_ministral.training.rates import LearningRate
+from tests.parity.small_models import Row, make_row
+from tests.parity.train_harness import Pipeline
+
+MICROBATCHES = 4
+RATE = LearningRate(3e-3, warmup_steps=3, total_steps=25, schedule="cosine")
+CLIP_NORM = 0.5
+"""Below the norms of the small models here: clipping is active."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A step's microbatches and the pixels that they name."""
+
+    microbatches: tuple[TrainMicrobatch, ...]
+    blocks: tuple[list[list[np.ndarray]], ...]
+    rows: tuple[tuple[Row, ...], ...]
+
+
+def make_batch(step: int) -> Batch:
+    """Different for each step: lengths, images, and which tokens count; one microbatch is text alone."""
+    generator = np.random.default_rng(1000 + step)
+    rows = tuple(
+        tuple(
+            make_row(generator, int(generator.integers(4, 20)), [(2, 3)] if (index + row) % 3 and index else [])
+            for row in range(1 + (index + step) % 2)
+        )
+        for index in range(MICROBATCHES)
+    )
+    microbatches, pixels = [], []
+    for own in rows:
+        token_ids = np.concatenate([row.token_ids.numpy() for row in own]).astype(np.int32)
+        targets = np.full_like(token_ids, IGNORED)
+        start, images = 0, []
+        for row in own:
+            count = len(row.token_ids)
+            answer = start + int(generator.integers(1, count - 2))
+            targets[answer : start + count - 1] = token_ids[answer + 1 : start + count]
+            start += count
+            if row.images:
+                images.append((0, len(pixels)))
+                pixels.append(list(row.images))
+        microbatches.append(TrainMicrobatch(tuple(len(r.token_ids) for r in own), token_ids, targets, tuple(images)))
+    return Batch(tuple(microbatches), (pixels,), rows)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a pipeline of four layers is cut and what it runs."""
+
+    chunk_layers: tuple[int, ...]
+    num_stages: int
+    schedule: str
+
+    def pipeline(self, model_dir: Path, **options: Any) -> Pipeline:
+        table = ImagePreprocessor(model_dir).normalisation_table()
+        return Pipeline(model_dir, self.chunk_layers, self.num_stages, pixel_table=table, **options)
+
+    def make_schedule(self, pipeline: Pipeline) -> Schedule:
+        trainable = pipeline.trainable()
+        first = next((chunk for chunk, trains in enumerate(trainable) if trains), len(trainable))
+        return make_schedule(
+            self.schedule,
+            self.num_stages,
+            MICROBATCHES,
+            len(self.chunk_layers) // self.num_stages,
+            first_trainable_chunk=first,
+            frozen_chunks=[chunk for chunk, trains in enumerate(trainable) if not trains],
+        )
+
+
+ONE = Layout((4,), 1, "gpipe")
+TWO = Layout((3, 1), 2, "1f1b")
+THREE = Layout((1, 2, 1), 3, "zero-bubble")
+INTERLEAVED = Layout((1, 1, 1, 1), 2, "interleaved")
+FOUR = Layout((1, 1, 1, 1), 4, "zero-bubble")
+
+
+def run(pipeline: Pipeline, layout: Layout, steps: Iterable[int]) -> list[tuple[float, float]]:
+    """Loss and norm of each step."""
+    schedule = layout.make_schedule(pipeline)
+    curve = []
+    for step in steps:
+        batch = make_batch(step)
+        curve.append(
+            pipeline.step(schedule, batch.microbatches, *batch.blocks, learning_rate=RATE.at(step), clip_norm=CLIP_NORM)
+        )
+    return curve
