@@ -36,7 +36,7 @@ class AdamW:
             lr=0.0,
             betas=(options.adam_beta1, options.adam_beta2),
             eps=options.adam_eps,
-            foreach=False,
+            fused=True,  # one pass over each tensor
         )
 
     def step(self, scale: float, learning_rate: float) -> None:

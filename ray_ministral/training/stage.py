@@ -104,6 +104,8 @@ class TrainStage:
             self._run(action, plan, blocks)
         if self._channel is not None:
             self._channel.flush()
+        for accumulator in self._accumulators.values():
+            accumulator.finish()
         if self._twins is not None:
             for parameter in self._parameters.values():
                 self._twins.add_up(parameter.main_grad)  # type: ignore[attr-defined]
@@ -119,8 +121,8 @@ class TrainStage:
 
     def discard(self) -> None:
         """Forget the gradients: the step has not happened."""
-        for parameter in self._parameters.values():
-            parameter.main_grad.zero_()  # type: ignore[attr-defined]
+        for accumulator in self._accumulators.values():
+            accumulator.reset()
 
     # The interpreter
 
@@ -272,7 +274,7 @@ class TrainStage:
     def _squared_norms(self) -> dict[str, float]:
         """Of each parameter, once: the output layer of a tied model is the embedding."""
         return {
-            name: float(torch.linalg.vector_norm(parameter.main_grad, dtype=torch.float64)) ** 2  # type: ignore[attr-defined]
+            name: float(torch.linalg.vector_norm(parameter.main_grad)) ** 2  # type: ignore[attr-defined]
             for name, parameter in self._parameters.items()
             if not (self._tied and name == OUTPUT_LAYER)
         }
