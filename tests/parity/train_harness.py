@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ray_ministral.config import OptimizerConfig, StageSpec
+from ray_ministral.model.architecture import is_tied
 from ray_ministral.model.weights import load_chunk
 from ray_ministral.pipeline.schedule import Schedule
 from ray_ministral.training.lora import LoraOptions, add_adapters
@@ -86,6 +87,11 @@ class Pipeline:
             )
             for stage in range(num_stages)
         ]
+
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and output layer are to stay one."""
+        return is_tied(self.stages[0].chunks[0].hf_config)
 
     def trainable(self) -> tuple[bool, ...]:
         """Whether each chunk has weights to train."""
