@@ -31,7 +31,7 @@ class AdamW:
         decayed = [master for master in self.masters.values() if master.ndim > 1]
         others = [master for master in self.masters.values() if master.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        # A group may be empty, and so may both: a stage of decoder layers has nothing to train under `--freeze language`.
+        # Both groups may be empty: a stage of decoder layers has nothing to train under `--freeze language`.
         self._optimizer = torch.optim.AdamW(
             groups,
             lr=0.0,

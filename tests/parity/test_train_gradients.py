@@ -1,4 +1,4 @@
-"""Ladder B and F, for training: a whole step through the stages gives Hugging Face's loss and every one of its gradients.
+"""Ladder B and F, for training: a step through the stages gives Hugging Face's loss and every one of its gradients.
 
 A step is several packed microbatches with images; Hugging Face sees all its rows as one padded batch. fp32.
 """
@@ -118,7 +118,7 @@ def freeze_flags(frozen: Collection[str]) -> tuple[bool, bool, bool]:
 @pytest.mark.parametrize("layout", [ONE, TWO, INTERLEAVED, FOUR], ids=lambda layout: layout.name)
 @pytest.mark.parametrize("frozen", COMBINATIONS, ids=lambda parts: "+".join(parts) or "nothing")
 def test_whatever_is_frozen(frozen: tuple[str, ...], layout: Layout, directory: Any, reference: Any) -> None:
-    """A microbatch of text alone is among them: where only vision is trained, its first chunk has no gradient at all."""
+    """A microbatch of text alone is among them: where only vision is trained, it has no gradient at all."""
     tied = layout in (TWO, FOUR)
     theirs = HuggingFaceLoop(reference(tied=tied), frozen=frozen)
     pipeline = layout.pipeline(directory(tied=tied), freeze=freeze_flags(frozen))
