@@ -104,7 +104,12 @@ FOUR = Layout((1, 1, 1, 1), 4, "zero-bubble")
 
 
 def run(
-    pipeline: Pipeline, layout: Layout, steps: Iterable[int], microbatches: int = MICROBATCHES
+    pipeline: Pipeline,
+    layout: Layout,
+    steps: Iterable[int],
+    microbatches: int = MICROBATCHES,
+    *,
+    rate: LearningRate = RATE,
 ) -> list[tuple[float, float]]:
     """Loss and norm of each step."""
     schedule = layout.make_schedule(pipeline, microbatches)
@@ -112,6 +117,6 @@ def run(
     for step in steps:
         batch = make_batch(step, microbatches)
         curve.append(
-            pipeline.step(schedule, batch.microbatches, *batch.blocks, learning_rate=RATE.at(step), clip_norm=CLIP_NORM)
+            pipeline.step(schedule, batch.microbatches, *batch.blocks, learning_rate=rate.at(step), clip_norm=CLIP_NORM)
         )
     return curve
