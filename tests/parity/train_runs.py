@@ -15,7 +15,7 @@ from ray_ministral.pipeline.schedule import Schedule
 from ray_ministral.training.plan import IGNORED, TrainMicrobatch
 from ray_ministral.training.rates import LearningRate
 from tests.parity.small_models import Row, make_row
-from tests.parity.train_harness import Pipeline
+from tests.parity.train_harness import Pipeline, make_replicas, step_on
 
 MICROBATCHES = 4
 RATE = LearningRate(3e-3, warmup_steps=3, total_steps=25, schedule="cosine")
@@ -83,6 +83,13 @@ class Layout:
         table = ImagePreprocessor(model_dir).normalisation_table()
         return Pipeline(model_dir, self.chunk_layers, self.num_stages, pixel_table=table, **options)
 
+    def replicas(self, number: int, model_dir: Path, **options: Any) -> list[Pipeline]:
+        """Several pipelines whose stages add their gradients up."""
+        table = ImagePreprocessor(model_dir).normalisation_table()
+        return make_replicas(
+            number, model_dir, self.chunk_layers, num_stages=self.num_stages, pixel_table=table, **options
+        )
+
     def make_schedule(self, pipeline: Pipeline, microbatches: int = MICROBATCHES) -> Schedule:
         trainable = pipeline.trainable()
         first = next((chunk for chunk, trains in enumerate(trainable) if trains), len(trainable))
@@ -119,4 +126,25 @@ def run(
         curve.append(
             pipeline.step(schedule, batch.microbatches, *batch.blocks, learning_rate=rate.at(step), clip_norm=CLIP_NORM)
         )
+    return curve
+
+
+def run_replicas(
+    replicas: Sequence[Pipeline],
+    layout: Layout,
+    steps: Iterable[int],
+    microbatches: int = MICROBATCHES,
+    *,
+    rate: LearningRate = RATE,
+) -> list[tuple[float, float]]:
+    """As `run`; each replica has a run of microbatches, as `Trainer` deals them out."""
+    ends = [microbatches * (replica + 1) // len(replicas) for replica in range(len(replicas))]
+    shares = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    counts = [share.stop - share.start for share in shares]
+    schedules = [layout.make_schedule(replicas[0], count) if count else None for count in counts]
+    curve = []
+    for step in steps:
+        batch = make_batch(step, microbatches)
+        own = [batch.microbatches[share] for share in shares]
+        curve.append(step_on(replicas, schedules, own, *batch.blocks, learning_rate=rate.at(step), clip_norm=CLIP_NORM))
     return curve
