@@ -197,7 +197,8 @@ class TrainStage:
         accumulator = self._accumulators[chunk]
         split = (Kind.W, chunk) in self._wanted
         accumulator.deferred = [] if split else None
-        output.backward(gradient)
+        if output.requires_grad:  # not where only vision is trained and this microbatch has no image
+            output.backward(gradient)
         if split:
             assert accumulator.deferred is not None
             self._weight_parts[key] = accumulator.deferred
