@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,25 +22,30 @@ from ray_ministral.training.order import SampleOrder
 from ray_ministral.training.packing import num_microbatches
 from ray_ministral.training.rates import LearningRate
 from ray_ministral.training.samples import SampleOptions, load_tokenizer, plan_samples
+from ray_ministral.training.targets import ConversationTokenizer
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
-PINNED = ("train", "samples", "global_batch_size", "seed", "max_tokens", "freeze", "lora_rank")
+PINNED = ("train", "samples", "global_batch_size", "seed", "max_tokens", "freeze", "lora_rank", "lora_alpha")
 """What a resumed run must share with the one that it goes on with, or its curve would be another."""
 
 
 @dataclass(frozen=True)
 class TrainJob:
-    """A training job that can run. Steps are counted from 0; `first_step` is what the checkpoint has done already."""
+    """A training job that can run. Steps are counted from 0; `first_step` is what the checkpoint has done already.
+
+    `eval_rows` are those to evaluate on, None for no evaluation.
+    """
 
     config: TrainConfig
     model_dir: str
     output: Path
     arch: Architecture
-    chunks: Partition
     sample_options: SampleOptions
+    tokenizer: ConversationTokenizer
     rows: RowIndex
+    eval_rows: RowIndex | None
     order: SampleOrder
     total_steps: int
     learning_rate: LearningRate
@@ -54,12 +60,13 @@ class TrainJob:
         Checkpoint.open(model_dir).check(hf_config)
         arch = Architecture.from_config(hf_config)
         stages, per_stage = config.pipeline.stages, config.chunks_per_stage
-        if stages * per_stage > arch.num_layers:
-            raise ConfigError(
-                f"{stages} stages of {per_stage} chunks for {arch.num_layers} decoder layers: every chunk needs a "
-                "layer, use fewer --stages or --chunks-per-stage"
-            )
-        chunks = Partition.balanced(Costs.from_flops(arch), stages * per_stage)
+        for option, number in (("--stages", stages), ("--max-stages", config.max_stages or stages)):
+            if number * per_stage > arch.num_layers:
+                raise ConfigError(
+                    f"{option} {number} with {per_stage} chunks a stage for {arch.num_layers} decoder layers: every "
+                    f"chunk needs a layer, use at most {arch.num_layers // per_stage} stages, or fewer "
+                    "--chunks-per-stage"
+                )
         microbatches = num_microbatches(config.global_batch_size, config.microbatch_size)
         make_schedule(config.schedule, stages, -(-microbatches // config.pipeline.replicas), per_stage)
         output = Path(os.path.abspath(config.output))
@@ -69,35 +76,54 @@ class TrainJob:
             state = read_state(resume_from)
             _refuse_another_run(state, config, resume_from)
             date, first_step = datetime.date.fromisoformat(state.config["date"]), state.step
+        _refuse_to_mix_runs(output, resume_from, first_step)
+        samples = config.samples
         options = SampleOptions(
             date=date,
             model_dir=model_dir,
             max_tokens=min(config.max_tokens, arch.max_positions),
-            prompt=PromptConfig(image_column=config.samples.image_column, prompt_column=config.samples.prompt_column),
-            response_column=config.samples.response_column,
-            messages_column=config.samples.messages_column,
+            prompt=PromptConfig(
+                image_column=samples.image_column,
+                prompt=samples.prompt,
+                prompt_column=samples.prompt_column,
+                system_prompt=samples.system_prompt,
+            ),
+            response_column=samples.response_column,
+            messages_column=samples.messages_column,
         )
-        load_tokenizer(options)  # for its refusals: of the chat template, of the prompt
+        tokenizer = load_tokenizer(options)
         rows = plan_samples(config.train, options)
+        eval_rows = None if config.eval.path is None else plan_samples([config.eval.path], options, option="--eval")
         order = SampleOrder(len(rows), config.seed)
         total = (
             config.steps if config.steps is not None else order.num_steps(config.epochs or 1, config.global_batch_size)
         )
+        config.require_warmup_within(total)
+        if first_step > total:
+            raise ConfigError(
+                f"{resume_from} has done {first_step} steps, more than the {total} of this run: raise --steps or "
+                "--epochs to go on, or give another --output"
+            )
         optimizer = config.optimizer
         return cls(
             config=config,
             model_dir=model_dir,
             output=output,
             arch=arch,
-            chunks=chunks,
             sample_options=options,
+            tokenizer=tokenizer,
             rows=rows,
+            eval_rows=eval_rows,
             order=order,
             total_steps=total,
             learning_rate=LearningRate(optimizer.learning_rate, optimizer.warmup_steps, total, optimizer.lr_schedule),
             resume_from=resume_from,
             first_step=first_step,
         )
+
+    def chunks(self, stages: int) -> Partition:
+        """The cut of the model for so many stages: chunk c belongs to stage c modulo `stages`."""
+        return Partition.balanced(Costs.from_flops(self.arch), stages * self.config.chunks_per_stage)
 
     def state(self, steps_done: int) -> TrainState:
         """What a checkpoint after so many steps says besides tensors."""
@@ -137,14 +163,31 @@ def _checkpoint_to_resume(config: TrainConfig, output: Path) -> Path | None:
 
 
 def _refuse_another_run(state: TrainState, config: TrainConfig, path: Path) -> None:
-    now = pinned(config)
-    different = [
-        f"{name}: {state.config[name]} -> {now[name]}"
-        for name in now
-        if name in state.config and state.config[name] != now[name]
-    ]
+    different = list(_differences(state.config, pinned(config)))
     if different:
         raise ConfigError(
-            f"{path} belongs to another run: {'; '.join(different)}: run the same command to go on with it, give "
-            "another --output, or --resume never"
+            f"{path} belongs to another run: {'; '.join(different)}: run the same command to go on with it, or give "
+            "another --output"
+        )
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """What both say, and say differently. What a run of an earlier version did not know of is not compared."""
+    for name in (name for name in now if name in before):
+        if isinstance(now[name], Mapping) and isinstance(before[name], Mapping):
+            yield from _differences(before[name], now[name])
+        elif now[name] != before[name]:
+            yield f"{name}: {before[name]} -> {now[name]}"
+
+
+def _refuse_to_mix_runs(output: Path, resume_from: Path | None, first_step: int) -> None:
+    """Checkpoints of later steps than a run begins with are of another curve; the next resume would take them for its
+    own, and the pruning of old ones would spare them.
+    """
+    found = latest_good(output / CHECKPOINTS).checkpoint
+    if found is not None and found != resume_from and read_state(found).step >= max(1, first_step):
+        begins = "from the start" if resume_from is None else f"at step {first_step}, from {resume_from}"
+        raise ConfigError(
+            f"this run would begin {begins}, but {found} is there from another: give another --output, or delete "
+            "the checkpoints of later steps"
         )
