@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 Point = tuple[int, float]
 """(step, loss)."""
 
-SPAN = 20
-"""Steps that the smoothed line mostly looks back on."""
+HALF_WINDOW = 10
+"""Steps on either side that a point of the smoothed line is the mean of, in runs that are long enough."""
 
 
-def smooth(losses: Sequence[float], span: int = SPAN) -> list[float]:
-    """The exponentially weighted mean of the losses so far; weights fall by 1 - 2 / (span + 1) a step."""
-    keep = 1 - 2 / (span + 1)
-    total = weight = 0.0
+def smooth(losses: Sequence[float], half_window: int) -> list[float]:
+    """The mean of each loss and its neighbours, as many on the one side as on the other."""
+    sums = [0.0, *accumulate(losses)]
+    count = len(losses)
     smoothed = []
-    for loss in losses:
-        total, weight = keep * total + loss, keep * weight + 1
-        smoothed.append(total / weight)
+    for index in range(count):
+        reach = min(half_window, index, count - 1 - index)
+        smoothed.append((sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1))
     return smoothed
 
 
@@ -35,7 +36,8 @@ def draw_losses(path: Path, steps: Sequence[Point], evaluations: Sequence[Point]
     if steps:
         numbers, losses = zip(*steps, strict=True)
         axes.plot(numbers, losses, color="tab:blue", alpha=0.3, linewidth=1, label="each step")
-        axes.plot(numbers, smooth(losses), color="tab:blue", linewidth=1.8, label=f"smoothed over {SPAN} steps")
+        smoothed = smooth(losses, min(HALF_WINDOW, len(losses) // 20))
+        axes.plot(numbers, smoothed, color="tab:blue", linewidth=1.8, label="smoothed")
     if evaluations:
         numbers, losses = zip(*evaluations, strict=True)
         axes.plot(numbers, losses, color="tab:orange", marker="o", linewidth=1, label="evaluation")
