@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_ministral.config import PromptConfig, TrainConfig
+from ray_ministral.data.fingerprint import model_identity
 from ray_ministral.data.row_reader import RowIndex
 from ray_ministral.errors import ConfigError
 from ray_ministral.model.architecture import Architecture, load_config
@@ -35,7 +36,7 @@ PINNED = ("train", "samples", "global_batch_size", "seed", "max_tokens", "freeze
 class TrainJob:
     """A training job that can run. Steps are counted from 0; `first_step` is what the checkpoint has done already.
 
-    `eval_rows` are those to evaluate on, None for no evaluation.
+    `eval_rows` are those to evaluate on, None for no evaluation. `held` is what a run that goes on must share.
     """
 
     config: TrainConfig
@@ -49,6 +50,7 @@ class TrainJob:
     order: SampleOrder
     total_steps: int
     learning_rate: LearningRate
+    held: dict[str, Any]
     resume_from: Path | None
     first_step: int
 
@@ -71,10 +73,11 @@ class TrainJob:
         make_schedule(config.schedule, stages, -(-microbatches // config.pipeline.replicas), per_stage)
         output = Path(os.path.abspath(config.output))
         resume_from = _checkpoint_to_resume(config, output)
+        held = pinned(config, model_dir)
         date, first_step = datetime.datetime.now().astimezone().date(), 0
         if resume_from is not None:
             state = read_state(resume_from)
-            _refuse_another_run(state, config, resume_from)
+            _refuse_another_run(state, held, resume_from)
             date, first_step = datetime.date.fromisoformat(state.config["date"]), state.step
         _refuse_to_mix_runs(output, resume_from, first_step)
         samples = config.samples
@@ -117,6 +120,7 @@ class TrainJob:
             order=order,
             total_steps=total,
             learning_rate=LearningRate(optimizer.learning_rate, optimizer.warmup_steps, total, optimizer.lr_schedule),
+            held=held,
             resume_from=resume_from,
             first_step=first_step,
         )
@@ -131,14 +135,16 @@ class TrainJob:
         date = self.sample_options.date
         assert date is not None, "plan_job sets it"
         # Chat templates may say today's date: a resumed run goes on with the day of its start.
-        held = pinned(self.config) | {"date": date.isoformat()}
-        return TrainState(steps_done, self.config.seed, asdict(cursor), held)
+        return TrainState(steps_done, self.config.seed, asdict(cursor), self.held | {"date": date.isoformat()})
 
 
-def pinned(config: TrainConfig) -> dict[str, Any]:
+def pinned(config: TrainConfig, model_dir: str) -> dict[str, Any]:
     """What decides which samples a step has and what is trained, as plain JSON."""
     values = asdict(config)
-    return {name: _plain(values[name]) for name in PINNED}
+    model = model_identity(model_dir)
+    if config.lora_rank is None:
+        del model["weights"]  # all of them are in the checkpoint
+    return {name: _plain(values[name]) for name in PINNED} | {"model": model}
 
 
 def _plain(value: Any) -> Any:
@@ -162,8 +168,8 @@ def _checkpoint_to_resume(config: TrainConfig, output: Path) -> Path | None:
     return found.checkpoint
 
 
-def _refuse_another_run(state: TrainState, config: TrainConfig, path: Path) -> None:
-    different = list(_differences(state.config, pinned(config)))
+def _refuse_another_run(state: TrainState, held: Mapping[str, Any], path: Path) -> None:
+    different = list(_differences(state.config, held))
     if different:
         raise ConfigError(
             f"{path} belongs to another run: {'; '.join(different)}: run the same command to go on with it, or give "
@@ -171,13 +177,13 @@ def _refuse_another_run(state: TrainState, config: TrainConfig, path: Path) -> N
         )
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> Iterator[str]:
     """What both say, and say differently. What a run of an earlier version did not know of is not compared."""
     for name in (name for name in now if name in before):
         if isinstance(now[name], Mapping) and isinstance(before[name], Mapping):
-            yield from _differences(before[name], now[name])
+            yield from _differences(before[name], now[name], f"{within}{name}.")
         elif now[name] != before[name]:
-            yield f"{name}: {before[name]} -> {now[name]}"
+            yield f"{within}{name}: {before[name]} -> {now[name]}"
 
 
 def _refuse_to_mix_runs(output: Path, resume_from: Path | None, first_step: int) -> None:
