@@ -18,6 +18,7 @@ from ray_ministral.driver.train_events import EventWriter, masked_crc
 from ray_ministral.driver.train_log import TrainLog
 from ray_ministral.driver.trainer import StepResult
 from ray_ministral.training.samples import SkippedRow
+from tests.unit.test_progress import Terminal
 
 SKIPPED = SkippedRow("a.parquet", 0, 3, RowFailure("bad_image", "no image", "decode"))
 
@@ -92,6 +93,19 @@ def test_lines_on_a_plain_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[s
         "1/4 steps, loss 1.0000, norm 2.000, rate 1.00e-03, 200 tokens/s, bubble 25%, 0:00:02 left",
     ]
     assert err[-1].startswith("done after ")
+
+
+def test_a_terminal_gets_a_bar_with_captions_above_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "160")
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal.stream)
+    run(tmp_path, 4, 0, 3)
+    screen = terminal.close()
+    assert "\x1b[" in screen  # cursor movements: it is live
+    assert "3/4" in screen
+    assert "loss 0.3333, norm 2.000" in screen
+    assert "expected 'größer'" in screen
 
 
 # --- events ----------------------------------------------------------------------------------------------------------
