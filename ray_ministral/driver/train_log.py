@@ -44,7 +44,7 @@ class TrainLog:
         self._total, self._first = total_steps, first_step
         self._display = Display("steps", total_steps, first_step)
         self.skipped_rows = 0
-        self.last_loss: float | None = None
+        self._last: StepResult | None = None
         self._tokens, self._seconds = 0, 0.0
         done = range(1, first_step + 1)
         _keep_steps(self._metrics, done)
@@ -64,7 +64,13 @@ class TrainLog:
     ) -> None:
         self._events.close()
         word = "done" if kind is None else "stopped"
-        self._display.close(f"{word} after {time.monotonic() - self._started:.1f} s")
+        figures = "" if self._last is None else f": {self._display.count(self._last.step)}, {self._figures(self._last)}"
+        self._display.close(f"{word} after {time.monotonic() - self._started:.1f} s{figures}")
+
+    @property
+    def last_loss(self) -> float | None:
+        """Of this run's last step."""
+        return None if self._last is None else self._last.loss
 
     @property
     def tokens_per_second(self) -> float:
@@ -79,7 +85,7 @@ class TrainLog:
         """Write a step down, and the rows that it would have had."""
         from ray_ministral.driver.trainer import as_line
 
-        self.last_loss = result.loss
+        self._last = result
         self._tokens += result.tokens
         self._seconds += result.seconds
         _append(self._metrics, [as_line(result)])

@@ -112,8 +112,7 @@ class Trainer:
             stack.enter_context(connected(self.config.address, self.config.pipeline))
             self._ahead: deque[tuple[int, Any, Any]] = deque()
             self._start(stack)
-            if job.first_step not in log.evaluated:
-                self._evaluate(job.first_step)
+            self._evaluate_first()
             for step in range(job.first_step, job.total_steps):
                 begun = time.monotonic()
                 prepared, pixels = self._samples(step)
@@ -330,6 +329,12 @@ class Trainer:
         if every is None or done == self._job.total_steps:
             return self._checkpoint_is_due(done)
         return done % every == 0
+
+    def _evaluate_first(self) -> None:
+        """Before the first step, unless an earlier run has done so and needs no other now."""
+        done, evaluated = self._job.first_step, self._log.evaluated
+        if not evaluated or (done not in evaluated and self._evaluation_is_due(done)):
+            self._evaluate(done)
 
     def _evaluate(self, done: int) -> None:
         """Loss and captions after `done` steps, where there is something to evaluate on."""

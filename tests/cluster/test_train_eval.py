@@ -59,12 +59,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make(model: Path, pictures: Path, output: Path, samples: SampleConfig, **options: Any) -> TrainConfig:
     pipeline = {"threads_per_stage": 1, "step_timeout_s": 240} | options.pop("pipeline", {})
     defaults: dict[str, Any] = {"global_batch_size": 4, "microbatch_size": 2, "steps": 2}
+    defaults["optimizer"] = OptimizerConfig(learning_rate=2e-3)
     return TrainConfig(
         model=str(model),
         train=(str(pictures),),
         output=str(output),
         samples=samples,
-        optimizer=OptimizerConfig(learning_rate=2e-3),
         pipeline=PipelineConfig(**pipeline),
         **(defaults | options),
     )
@@ -106,6 +106,7 @@ def test_captions_are_those_of_a_captioning_job(kind: str, model: Path, pictures
     elif kind == "merged adapters":
         pipeline = {"stages": 2, "dtype": "float32", "replicas": 2}
         options = {"lora_rank": 4, "lora_alpha": 16.0, "merge_lora": True}
+        options["optimizer"] = OptimizerConfig(learning_rate=3e-2)
     evaluation = EvalConfig(str(pictures), captions=19, max_new_tokens=24)
     run = tmp_path / "run"
     train(make(model, pictures, run, samples, eval=evaluation, pipeline=pipeline, **options))

@@ -93,6 +93,9 @@ def test_lines_on_a_plain_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[s
         "1/4 steps, loss 1.0000, norm 2.000, rate 1.00e-03, 200 tokens/s, bubble 25%, 0:00:02 left",
     ]
     assert err[-1].startswith("done after ")
+    assert err[-1].endswith(
+        " s: 2/4 steps, loss 0.5000, norm 2.000, rate 1.00e-03, 200 tokens/s, bubble 25%, 0:00:01 left"
+    )
 
 
 def test_a_terminal_gets_a_bar_with_captions_above_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
