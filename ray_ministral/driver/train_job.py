@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import datetime
-import logging
 import os
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ray_ministral.config import PromptConfig, TrainConfig
-from ray_ministral.data.fingerprint import model_identity
 from ray_ministral.data.row_reader import RowIndex
+from ray_ministral.driver.train_resume import (
+    checkpoint_to_resume,
+    pinned,
+    refuse_another_run,
+    refuse_to_mix_runs,
+    usable_folder,
+)
 from ray_ministral.errors import ConfigError
 from ray_ministral.model.architecture import Architecture, load_config
 from ray_ministral.model.checkpoint import Checkpoint
 from ray_ministral.pipeline.generators import make_schedule
 from ray_ministral.pipeline.partition import Costs, Partition
-from ray_ministral.training.checkpoint import TrainState, latest_good, read_state
+from ray_ministral.training.checkpoint import TrainState, read_state
 from ray_ministral.training.order import SampleOrder
 from ray_ministral.training.packing import num_microbatches
 from ray_ministral.training.rates import LearningRate
 from ray_ministral.training.samples import SampleOptions, load_tokenizer, plan_samples
 from ray_ministral.training.targets import ConversationTokenizer
-
-logger = logging.getLogger(__name__)
-
-CHECKPOINTS = "checkpoints"
-PINNED = ("train", "samples", "global_batch_size", "seed", "max_tokens", "freeze", "lora_rank", "lora_alpha")
-"""What a resumed run must share with the one that it goes on with, or its curve would be another."""
 
 
 @dataclass(frozen=True)
@@ -71,18 +69,15 @@ class TrainJob:
                 )
         microbatches = num_microbatches(config.global_batch_size, config.microbatch_size)
         make_schedule(config.schedule, stages, -(-microbatches // config.pipeline.replicas), per_stage)
-        output = Path(os.path.abspath(config.output))
-        resume_from = _checkpoint_to_resume(config, output)
-        held = pinned(config, model_dir)
-        date, first_step = datetime.datetime.now().astimezone().date(), 0
-        if resume_from is not None:
-            state = read_state(resume_from)
-            _refuse_another_run(state, held, resume_from)
-            date, first_step = datetime.date.fromisoformat(state.config["date"]), state.step
-        _refuse_to_mix_runs(output, resume_from, first_step)
+        output = usable_folder(config.output)
+        resume_from = checkpoint_to_resume(config, output)
+        state = None if resume_from is None else read_state(resume_from)
+        first_step = 0 if state is None else state.step
+        refuse_to_mix_runs(output, resume_from, first_step)
+        today = datetime.datetime.now().astimezone().date()
         samples = config.samples
         options = SampleOptions(
-            date=date,
+            date=today if state is None else datetime.date.fromisoformat(state.config["date"]),
             model_dir=model_dir,
             max_tokens=min(config.max_tokens, arch.max_positions),
             prompt=PromptConfig(
@@ -96,6 +91,9 @@ class TrainJob:
         )
         tokenizer = load_tokenizer(options)
         rows = plan_samples(config.train, options)
+        held = pinned(config, model_dir, len(rows))
+        if state is not None:
+            refuse_another_run(state, held, f"{resume_from}")
         eval_rows = None if config.eval.path is None else plan_samples([config.eval.path], options, option="--eval")
         order = SampleOrder(len(rows), config.seed)
         total = (
@@ -136,64 +134,3 @@ class TrainJob:
         assert date is not None, "plan_job sets it"
         # Chat templates may say today's date: a resumed run goes on with the day of its start.
         return TrainState(steps_done, self.config.seed, asdict(cursor), self.held | {"date": date.isoformat()})
-
-
-def pinned(config: TrainConfig, model_dir: str) -> dict[str, Any]:
-    """What decides which samples a step has and what is trained, as plain JSON."""
-    values = asdict(config)
-    model = model_identity(model_dir)
-    if config.lora_rank is None:
-        del model["weights"]  # all of them are in the checkpoint
-    return {name: _plain(values[name]) for name in PINNED} | {"model": model}
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _checkpoint_to_resume(config: TrainConfig, output: Path) -> Path | None:
-    if config.resume == "never":
-        return None
-    if config.resume != "auto":
-        path = Path(os.path.abspath(config.resume))
-        if not path.is_dir():
-            raise ConfigError(f"--resume {config.resume} is no folder: give auto, never or a checkpoint's folder")
-        return path
-    folder = output / CHECKPOINTS
-    if not folder.is_dir():
-        return None
-    found = latest_good(folder)
-    for skipped in found.skipped:
-        logger.warning("a checkpoint cannot be used: %s", skipped)
-    return found.checkpoint
-
-
-def _refuse_another_run(state: TrainState, held: Mapping[str, Any], path: Path) -> None:
-    different = list(_differences(state.config, held))
-    if different:
-        raise ConfigError(
-            f"{path} belongs to another run: {'; '.join(different)}: run the same command to go on with it, or give "
-            "another --output"
-        )
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> Iterator[str]:
-    """What both say, and say differently. What a run of an earlier version did not know of is not compared."""
-    for name in (name for name in now if name in before):
-        if isinstance(now[name], Mapping) and isinstance(before[name], Mapping):
-            yield from _differences(before[name], now[name], f"{within}{name}.")
-        elif now[name] != before[name]:
-            yield f"{within}{name}: {before[name]} -> {now[name]}"
-
-
-def _refuse_to_mix_runs(output: Path, resume_from: Path | None, first_step: int) -> None:
-    """Checkpoints of later steps than a run begins with are of another curve; the next resume would take them for its
-    own, and the pruning of old ones would spare them.
-    """
-    found = latest_good(output / CHECKPOINTS).checkpoint
-    if found is not None and found != resume_from and read_state(found).step >= max(1, first_step):
-        begins = "from the start" if resume_from is None else f"at step {first_step}, from {resume_from}"
-        raise ConfigError(
-            f"this run would begin {begins}, but {found} is there from another: give another --output, or delete "
-            "the checkpoints of later steps"
-        )

@@ -24,8 +24,9 @@ from ray_ministral.driver.eval_captions import EvalCaptioner
 from ray_ministral.driver.evaluation import Evaluator
 from ray_ministral.driver.pipeline import Pipeline, describe_error, root_cause
 from ray_ministral.driver.train_actor import train_actor_class
-from ray_ministral.driver.train_job import CHECKPOINTS, TrainJob
+from ray_ministral.driver.train_job import TrainJob
 from ray_ministral.driver.train_log import TrainLog
+from ray_ministral.driver.train_resume import CHECKPOINTS
 from ray_ministral.driver.train_tasks import prepare_samples
 from ray_ministral.errors import ClusterError, PlacementError, RayMinistralError, StageDiedError
 from ray_ministral.pipeline.generators import make_schedule

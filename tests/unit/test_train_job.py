@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_ministral.config import EvalConfig, OptimizerConfig, PipelineConfig, SampleConfig, TrainConfig
-from ray_ministral.driver.train_job import CHECKPOINTS, TrainJob
+from ray_ministral.driver.train_job import TrainJob
+from ray_ministral.driver.train_resume import CHECKPOINTS
 from ray_ministral.errors import ConfigError, InputError, UsageError
 from ray_ministral.training.checkpoint import MARKER, STATE_FILE, TrainState, checkpoint_name
 from ray_ministral.training.files import record, write_json
@@ -45,8 +46,9 @@ def config(pairs: Path, tmp_path: Path) -> TrainConfig:
 
 def save(config: TrainConfig, step: int, output: Path | None = None) -> Path:
     """A checkpoint without tensors, as a run of this config would have committed it."""
-    job = TrainJob.plan_job(replace(config, resume="never", output=str(output or "nowhere")))
-    folder = (output or Path(config.output)) / CHECKPOINTS / checkpoint_name(step)
+    output = output or Path(config.output)
+    job = TrainJob.plan_job(replace(config, resume="never", output=str(output.with_name("planned"))))
+    folder = output / CHECKPOINTS / checkpoint_name(step)
     folder.mkdir(parents=True)
     state = job.state(step)
     write_json(folder / STATE_FILE, {"format": 1, **vars(state)})
@@ -103,6 +105,8 @@ def asked(**changes: Any) -> Change:
         (changed(resume="no-such-folder"), "--resume no-such-folder is no folder"),
         (changed(resume=str(ROOT / "docs")), "is no checkpoint that can be used: it has no COMMITTED"),
         (changed(model="no-such-model"), "no-such-model"),
+        (changed(output="s3://bucket/run"), "--output s3://bucket/run is an address: give a folder"),
+        (changed(output=str(ROOT / "README.md" / "run")), "--output .*README.md/run cannot be used"),
     ],
 )
 def test_options_that_do_not_fit_the_model_or_the_data(change: Change, message: str, config: TrainConfig) -> None:
@@ -127,6 +131,18 @@ def test_options_that_do_not_fit_what_is_there(change: Change, message: str, con
     save(config, 6)
     with pytest.raises(ConfigError, match=message):
         TrainJob.plan_job(change(config))
+
+
+def test_more_rows_than_the_run_began_with(config: TrainConfig, pairs: Path, tmp_path: Path) -> None:
+    """The order of the samples would be another."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    shutil.copy(pairs, folder / "a.parquet")
+    config = replace(config, train=(str(folder),))
+    save(config, 6)
+    shutil.copy(pairs, folder / "b.parquet")
+    with pytest.raises(ConfigError, match="rows: 10 -> 20"):
+        TrainJob.plan_job(config)
 
 
 def test_what_may_change_when_a_run_goes_on(config: TrainConfig, pairs: Path) -> None:
@@ -179,8 +195,8 @@ def test_a_checkpoint_of_an_earlier_version_is_compared_in_what_it_knows(config:
     write_json(folder / STATE_FILE, {"format": 1, **vars(TrainState(6, 0, state.cursor, known))})
     write_json(folder / MARKER, {"format": 1, "step": 6, "files": [vars(record(folder, STATE_FILE))]})
     assert TrainJob.plan_job(config).first_step == 6
-    with pytest.raises(ConfigError, match=r"samples.image_column: image -> id"):
-        TrainJob.plan_job(replace(config, samples=SampleConfig(image_column="id", response_column="response")))
+    with pytest.raises(ConfigError, match=r"samples.response_column: response -> expected"):
+        TrainJob.plan_job(replace(config, samples=SampleConfig(response_column="expected")))
 
 
 def test_no_rows_to_evaluate_on(config: TrainConfig, pairs: Path, tmp_path: Path) -> None:
