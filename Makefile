@@ -43,7 +43,7 @@ caption: venv  ## the quick start: caption the bundled pictures with a small mod
 
 train: venv  ## fine-tune the small model to say its captions in another manner; shows them before and after
 	rm -rf $(TRAIN_OUTPUT)
-	$(BIN)/python examples/make_pairs.py $(TRAIN_OUTPUT)
+	$(BIN)/python examples/make_reworded.py $(TRAIN_OUTPUT)
 	$(BIN)/python jobs/train.py --model examples/model --train $(TRAIN_OUTPUT)/train.parquet \
 		--eval $(TRAIN_OUTPUT)/eval.parquet --output $(TRAIN_OUTPUT)/run --response-column response --stages 2 \
 		--steps 60 --global-batch-size 16 --microbatch-size 4 --learning-rate 1e-3 --warmup-steps 10 \

@@ -1,6 +1,6 @@
 """Writes the pairs that `make train` learns from: the pictures, with their captions said in another manner.
 
-    python examples/make_pairs.py out/train
+    python examples/make_reworded.py out/train
 
 `train.parquet` and `eval.parquet` have the columns `id`, `image` and `response`, such as
 
