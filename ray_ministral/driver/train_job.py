@@ -17,7 +17,7 @@ from ray_ministral.model.checkpoint import Checkpoint
 from ray_ministral.pipeline.generators import make_schedule
 from ray_ministral.pipeline.partition import Costs, Partition
 from ray_ministral.training.checkpoint import TrainState, latest_good, read_state
-from ray_ministral.training.order import SampleOrder
+from ray_ministral.training.order import SampleOrder, order_state, plan_order
 from ray_ministral.training.packing import num_microbatches
 from ray_ministral.training.rates import LearningRate
 from ray_ministral.training.samples import SampleOptions, load_tokenizer, plan_samples
@@ -65,9 +65,11 @@ class TrainJob:
         output = Path(os.path.abspath(config.output))
         resume_from = _checkpoint_to_resume(config, output)
         date, first_step = datetime.datetime.now().astimezone().date(), 0
+        held_order = None
         if resume_from is not None:
             state = read_state(resume_from)
             _refuse_another_run(state, config, resume_from)
+            held_order = state.config
             date, first_step = datetime.date.fromisoformat(state.config["date"]), state.step
         options = SampleOptions(
             date=date,
@@ -79,7 +81,7 @@ class TrainJob:
         )
         load_tokenizer(options)  # for its refusals: of the chat template, of the prompt
         rows = plan_samples(config.train, options)
-        order = SampleOrder(len(rows), config.seed)
+        order = plan_order(rows.group_rows, rows.shard_bytes, config.seed, held_order)
         total = (
             config.steps if config.steps is not None else order.num_steps(config.epochs or 1, config.global_batch_size)
         )
@@ -105,7 +107,7 @@ class TrainJob:
         date = self.sample_options.date
         assert date is not None, "plan_job sets it"
         # Chat templates may say today's date: a resumed run goes on with the day of its start.
-        held = pinned(self.config) | {"date": date.isoformat()}
+        held = pinned(self.config) | {"date": date.isoformat()} | order_state(self.rows.group_rows, self.order)
         return TrainState(steps_done, self.config.seed, asdict(cursor), held)
 
 

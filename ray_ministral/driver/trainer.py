@@ -21,10 +21,10 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray_ministral.config import TrainConfig
 from ray_ministral.driver.cluster import connected, resolve
 from ray_ministral.driver.pipeline import Pipeline, describe_error, root_cause
+from ray_ministral.driver.sample_actor import start_sample_actor
 from ray_ministral.driver.train_actor import train_actor_class
 from ray_ministral.driver.train_job import CHECKPOINTS, TrainJob
 from ray_ministral.driver.train_log import TrainLog
-from ray_ministral.driver.train_tasks import prepare_samples
 from ray_ministral.errors import ClusterError, RayMinistralError, StageDiedError
 from ray_ministral.pipeline.generators import make_schedule
 from ray_ministral.pipeline.schedule import Schedule
@@ -120,6 +120,10 @@ class Trainer:
     def _start(self, stack: ExitStack) -> None:
         config, job = self.config.pipeline, self._job
         resolved = resolve(config)
+        # Started before the stages: it reads and prepares while they import and load.
+        self._sampler = start_sample_actor(job.sample_options)
+        stack.callback(ray.kill, self._sampler)
+        self._fill()
         self._replicas: list[Pipeline] = []
         for replica in range(config.replicas):
             arguments = [
@@ -155,7 +159,6 @@ class Trainer:
             )
             stack.callback(pipeline.close)
             self._replicas.append(pipeline)
-        self._fill()
         for pipeline in self._replicas:
             pipeline.wait_ready(config.start_timeout_s, self._log.message)
         self._connect()
@@ -199,8 +202,7 @@ class Trainer:
         while len(self._ahead) < STEPS_AHEAD and next_step < job.total_steps:
             numbers = job.order.step_samples(next_step, self.config.global_batch_size)
             places = [job.rows.place(number) for number in numbers]
-            references: Any = prepare_samples.remote(job.sample_options, places)
-            prepared, pixels = references
+            prepared, pixels = self._sampler.prepare.options(num_returns=2).remote(places)
             self._ahead.append((next_step, prepared, pixels))
             next_step += 1
 
@@ -324,6 +326,8 @@ class Trainer:
                 raise cause from None
             raise ClusterError(f"a step failed: {describe_error(error)}") from error
         except RayActorError as error:
+            if self._sampler._actor_id.hex() == error.actor_id:
+                raise ClusterError(f"the actor that prepares samples died: {describe_error(error)}") from error
             for pipeline in self._replicas:
                 if any(actor._actor_id.hex() == error.actor_id for actor in pipeline.actors):
                     raise pipeline.death(error) from error
