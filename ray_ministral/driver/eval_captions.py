@@ -16,7 +16,7 @@ from ray_ministral.captioning.batching import BatchScheduler, Finished, Request
 from ray_ministral.captioning.plan import StepPlan
 from ray_ministral.config import SamplingConfig
 from ray_ministral.data.row_reader import RowIndex
-from ray_ministral.driver.evaluation import Get, prepare
+from ray_ministral.driver.evaluation import Get, Prepare
 from ray_ministral.driver.job import finish_reason
 from ray_ministral.driver.pipeline import Pipeline
 from ray_ministral.driver.train_job import TrainJob
@@ -49,8 +49,8 @@ class _Row:
 class EvalCaptioner:
     """Captions the first `--eval-captions` whole rows."""
 
-    def __init__(self, job: TrainJob, rows: RowIndex, pipeline: Pipeline, get: Get) -> None:
-        self._job, self._rows, self._pipeline, self._get = job, rows, pipeline, get
+    def __init__(self, job: TrainJob, rows: RowIndex, pipeline: Pipeline, prepare: Prepare, get: Get) -> None:
+        self._job, self._rows, self._pipeline, self._prepare, self._get = job, rows, pipeline, prepare, get
         self._sampling = SamplingConfig(max_new_tokens=job.config.eval.max_new_tokens)
         self._whole: list[int] | None = None
 
@@ -88,7 +88,7 @@ class EvalCaptioner:
             if len(found) >= wanted:
                 break
             numbers = tried[start : start + wanted]
-            samples, pixels = prepare(self._job, self._rows, numbers)
+            samples, pixels = self._prepare([self._rows.place(number) for number in numbers])
             prepared: PreparedSamples = self._get([samples])[0]
             for index, (number, sample) in enumerate(zip(numbers, prepared.samples, strict=True)):
                 if sample is not None:

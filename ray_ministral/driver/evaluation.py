@@ -12,10 +12,9 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
-from ray_ministral.data.row_reader import RowIndex
+from ray_ministral.data.row_reader import RowIndex, RowPlace
 from ray_ministral.driver.pipeline import Pipeline
 from ray_ministral.driver.train_job import TrainJob
-from ray_ministral.driver.train_tasks import prepare_samples
 from ray_ministral.errors import InputError
 from ray_ministral.pipeline.generators import make_schedule
 from ray_ministral.training.packing import build_microbatches, num_microbatches
@@ -24,6 +23,9 @@ from ray_ministral.training.samples import PreparedSamples, SkippedRow
 
 BATCHES_AHEAD = 2
 """Batches whose samples are prepared before they are needed."""
+
+Prepare = Callable[[Sequence[RowPlace]], tuple[Any, Any]]
+"""Starts preparing rows: references to their samples and to their pixels."""
 
 Get = Callable[[list[Any]], list[Any]]
 """Results of calls to stages, within a deadline; raises what a job ends with."""
@@ -43,8 +45,8 @@ class EvalResult:
 class Evaluator:
     """The loss on the rows of `--eval`, `global_batch_size` of them at a time, on all replicas."""
 
-    def __init__(self, job: TrainJob, rows: RowIndex, replicas: Sequence[Pipeline], get: Get) -> None:
-        self._job, self._rows, self._replicas, self._get = job, rows, replicas, get
+    def __init__(self, job: TrainJob, rows: RowIndex, replicas: Sequence[Pipeline], prepare: Prepare, get: Get) -> None:
+        self._job, self._rows, self._replicas, self._prepare, self._get = job, rows, replicas, prepare, get
         self._actions = lru_cache(maxsize=8)(self._forward_actions)
 
     def loss(self, step: int) -> tuple[EvalResult, list[SkippedRow]]:
@@ -76,7 +78,8 @@ class Evaluator:
         count = len(self._rows) if config.eval.limit is None else min(config.eval.limit, len(self._rows))
         ahead: deque[tuple[Any, Any]] = deque()
         for start in range(0, count, size):
-            ahead.append(prepare(self._job, self._rows, range(start, min(start + size, count))))
+            places = [self._rows.place(number) for number in range(start, min(start + size, count))]
+            ahead.append(self._prepare(places))
             if len(ahead) > BATCHES_AHEAD * len(self._replicas):
                 yield self._prepared(*ahead.popleft())
         while ahead:
@@ -114,10 +117,3 @@ class Evaluator:
         return make_schedule(
             config.schedule, stages, microbatches, config.chunks_per_stage, first_trainable_chunk=chunks
         ).actions
-
-
-def prepare(job: TrainJob, rows: RowIndex, numbers: Sequence[int]) -> tuple[Any, Any]:
-    """References to the samples of some rows, by their numbers, and to their pixels."""
-    references: Any = prepare_samples.remote(job.sample_options, [rows.place(number) for number in numbers])
-    samples, pixels = references
-    return samples, pixels

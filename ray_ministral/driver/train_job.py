@@ -23,7 +23,7 @@ from ray_ministral.model.checkpoint import Checkpoint
 from ray_ministral.pipeline.generators import make_schedule
 from ray_ministral.pipeline.partition import Costs, Partition
 from ray_ministral.training.checkpoint import TrainState, read_state
-from ray_ministral.training.order import SampleOrder
+from ray_ministral.training.order import SampleOrder, order_state, plan_order
 from ray_ministral.training.packing import num_microbatches
 from ray_ministral.training.rates import LearningRate
 from ray_ministral.training.samples import SampleOptions, load_tokenizer, plan_samples
@@ -91,11 +91,11 @@ class TrainJob:
         )
         tokenizer = load_tokenizer(options)
         rows = plan_samples(config.train, options)
-        held = pinned(config, model_dir, len(rows))
+        held = pinned(config, model_dir)
         if state is not None:
             refuse_another_run(state, held, f"{resume_from}")
         eval_rows = None if config.eval.path is None else plan_samples([config.eval.path], options, option="--eval")
-        order = SampleOrder(len(rows), config.seed)
+        order = plan_order(rows.group_rows, rows.shard_bytes, config.seed, None if state is None else state.config)
         total = (
             config.steps if config.steps is not None else order.num_steps(config.epochs or 1, config.global_batch_size)
         )
@@ -118,7 +118,7 @@ class TrainJob:
             order=order,
             total_steps=total,
             learning_rate=LearningRate(optimizer.learning_rate, optimizer.warmup_steps, total, optimizer.lr_schedule),
-            held=held,
+            held=held | order_state(rows.group_rows, order),
             resume_from=resume_from,
             first_step=first_step,
         )

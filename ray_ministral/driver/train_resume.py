@@ -32,13 +32,13 @@ def usable_folder(output: str) -> Path:
     return folder
 
 
-def pinned(config: TrainConfig, model_dir: str, rows: int) -> dict[str, Any]:
-    """What decides which samples a step has and what is trained, as plain JSON. `rows` are those of `--train`."""
+def pinned(config: TrainConfig, model_dir: str) -> dict[str, Any]:
+    """What decides which samples a step has and what is trained, as plain JSON."""
     values = asdict(config)
     model = model_identity(model_dir)
     if config.lora_rank is None:
         del model["weights"]  # all of them are in the checkpoint
-    return {name: _plain(values[name]) for name in PINNED} | {"rows": rows, "model": model}
+    return {name: _plain(values[name]) for name in PINNED} | {"model": model}
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -19,15 +20,16 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from ray_ministral.config import PipelineConfig, TrainConfig
+from ray_ministral.data.row_reader import RowPlace
 from ray_ministral.driver.cluster import Resolved, connected, resolve
 from ray_ministral.driver.eval_captions import EvalCaptioner
 from ray_ministral.driver.evaluation import Evaluator
 from ray_ministral.driver.pipeline import Pipeline, describe_error, root_cause
+from ray_ministral.driver.sample_actor import start_sample_actor
 from ray_ministral.driver.train_actor import train_actor_class
 from ray_ministral.driver.train_job import TrainJob
 from ray_ministral.driver.train_log import TrainLog
 from ray_ministral.driver.train_resume import CHECKPOINTS
-from ray_ministral.driver.train_tasks import prepare_samples
 from ray_ministral.errors import ClusterError, PlacementError, RayMinistralError, StageDiedError
 from ray_ministral.pipeline.generators import make_schedule
 from ray_ministral.pipeline.schedule import Schedule
@@ -143,9 +145,12 @@ class Trainer:
 
     def _start(self, stack: ExitStack) -> None:
         config, job = self.config.pipeline, self._job
+        # Started before the stages: it reads and prepares while they import and load.
+        self._sampler = start_sample_actor(job.sample_options)
+        stack.callback(ray.kill, self._sampler)
+        self._fill()
         self._replicas = self._place(stack)
         self._stages = self._replicas[0].num_stages
-        self._fill()
         for pipeline in self._replicas:
             pipeline.wait_ready(config.start_timeout_s, self._log.message)
         self._connect()
@@ -156,8 +161,8 @@ class Trainer:
         self._schedule = lru_cache(maxsize=8)(self._make_schedule)
         self._evaluator = self._captioner = None
         if job.eval_rows is not None:
-            self._evaluator = Evaluator(job, job.eval_rows, self._replicas, self._get)
-            self._captioner = EvalCaptioner(job, job.eval_rows, self._replicas[0], self._get)
+            self._evaluator = Evaluator(job, job.eval_rows, self._replicas, self._prepare, self._get)
+            self._captioner = EvalCaptioner(job, job.eval_rows, self._replicas[0], self._prepare, self._get)
 
     def _place(self, stack: ExitStack) -> list[Pipeline]:
         """All replicas, of as many stages as the cluster has room for between `--min-stages` and `--stages`."""
@@ -254,10 +259,14 @@ class Trainer:
         while len(self._ahead) < STEPS_AHEAD and next_step < job.total_steps:
             numbers = job.order.step_samples(next_step, self.config.global_batch_size)
             places = [job.rows.place(number) for number in numbers]
-            references: Any = prepare_samples.remote(job.sample_options, places)
-            prepared, pixels = references
+            prepared, pixels = self._prepare(places)
             self._ahead.append((next_step, prepared, pixels))
             next_step += 1
+
+    def _prepare(self, places: Sequence[RowPlace]) -> tuple[Any, Any]:
+        """References to the samples of some rows and to their pixels."""
+        samples, pixels = self._sampler.prepare.options(num_returns=2).remote(places)
+        return samples, pixels
 
     def _samples(self, step: int) -> tuple[PreparedSamples, Any]:
         """The samples of a step and the reference to their pixels."""
@@ -402,6 +411,8 @@ class Trainer:
                 raise cause from None
             raise ClusterError(f"a step failed: {describe_error(error)}") from error
         except RayActorError as error:
+            if self._sampler._actor_id.hex() == error.actor_id:
+                raise ClusterError(f"the actor that prepares samples died: {describe_error(error)}") from error
             for pipeline in self._replicas:
                 if any(actor._actor_id.hex() == error.actor_id for actor in pipeline.actors):
                     raise pipeline.death(error) from error

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from ray_ministral.config import EvalConfig, SampleConfig, TrainConfig
+from ray_ministral.data.row_reader import RowIndex
 from ray_ministral.data.rows import RowFailure
-from ray_ministral.driver import evaluation
 from ray_ministral.driver.evaluation import Evaluator
 from ray_ministral.errors import InputError
 from ray_ministral.pipeline.schedule import Kind
@@ -54,17 +54,29 @@ class Stage:
         return tuple(10.0 * microbatch.num_targets for microbatch in plan.microbatches) if self.last else ()
 
 
+class Rows(RowIndex):
+    """Rows whose place is their number."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def place(self, number: int) -> Any:
+        return number
+
+
 def evaluator(
-    monkeypatch: pytest.MonkeyPatch, rows: int, replicas: int, limit: int | None = None
+    rows: int, replicas: int, limit: int | None = None
 ) -> tuple[Evaluator, list[list[Stage]], list[list[int]]]:
     """It, the stages that it calls, and the batches that it asks for."""
     asked: list[list[int]] = []
 
-    def prepare(job: Any, index: Any, numbers: Sequence[int]) -> tuple[Any, None]:
-        asked.append(list(numbers))
-        return prepared(numbers), None
+    def prepare(places: Sequence[Any]) -> tuple[Any, None]:
+        asked.append(list(places))
+        return prepared(places), None
 
-    monkeypatch.setattr(evaluation, "prepare", prepare)
     config = TrainConfig(
         model="m",
         train=("t",),
@@ -78,13 +90,12 @@ def evaluator(
     stages = [[Stage(False), Stage(True)] for _ in range(replicas)]
     pipelines: Any = [SimpleNamespace(actors=own, num_stages=2, generation=0) for own in stages]
     job: Any = SimpleNamespace(config=config)
-    index: Any = range(rows)  # of a RowIndex, only its length counts here
-    return Evaluator(job, index, pipelines, lambda references: references), stages, asked
+    return Evaluator(job, Rows(rows), pipelines, prepare, lambda references: references), stages, asked
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 5])
-def test_the_mean_over_all_targets_whatever_the_replicas(replicas: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, stages, asked = evaluator(monkeypatch, 11, replicas)
+def test_the_mean_over_all_targets_whatever_the_replicas(replicas: int) -> None:
+    made, stages, asked = evaluator(11, replicas)
     result, skipped = made.loss(7)
     assert asked == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10]]
     whole = [number for number in range(11) if number not in BAD]
@@ -97,8 +108,8 @@ def test_the_mean_over_all_targets_whatever_the_replicas(replicas: int, monkeypa
     assert all(plan.total_targets > 0 for own in stages for stage in own for plan in stage.plans)
 
 
-def test_the_first_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, _, asked = evaluator(monkeypatch, 11, 1, limit=4)
+def test_the_first_rows_only() -> None:
+    made, _, asked = evaluator(11, 1, limit=4)
     result, _ = made.loss(0)
     assert asked == [[0, 1, 2], [3]]
     assert (result.rows, result.skipped) == (3, 1)
@@ -106,6 +117,6 @@ def test_the_first_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_row_that_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "BAD", set(range(4)))
-    made, _, _ = evaluator(monkeypatch, 4, 1)
+    made, _, _ = evaluator(4, 1)
     with pytest.raises(InputError, match=r"--eval e has no row that can be used; the first, row 0 .*: no image"):
         made.loss(0)

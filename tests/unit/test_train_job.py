@@ -141,7 +141,7 @@ def test_more_rows_than_the_run_began_with(config: TrainConfig, pairs: Path, tmp
     config = replace(config, train=(str(folder),))
     save(config, 6)
     shutil.copy(pairs, folder / "b.parquet")
-    with pytest.raises(ConfigError, match="rows: 10 -> 20"):
+    with pytest.raises(ConfigError, match="rows: 10 -> 20, row_groups: 1 -> 2"):
         TrainJob.plan_job(config)
 
 
