@@ -12,25 +12,26 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from ray_ministral.config import PipelineConfig, TrainConfig
+from ray_ministral.config import TrainConfig
 from ray_ministral.data.row_reader import RowPlace
-from ray_ministral.driver.cluster import Resolved, connected, resolve
+from ray_ministral.driver.cluster import connected
 from ray_ministral.driver.eval_captions import EvalCaptioner
 from ray_ministral.driver.evaluation import Evaluator
-from ray_ministral.driver.pipeline import Pipeline, describe_error, root_cause
+from ray_ministral.driver.pipeline import describe_error, root_cause
 from ray_ministral.driver.sample_actor import start_sample_actor
 from ray_ministral.driver.train_actor import train_actor_class
 from ray_ministral.driver.train_job import TrainJob
 from ray_ministral.driver.train_log import TrainLog
+from ray_ministral.driver.train_replicas import start_replicas
 from ray_ministral.driver.train_resume import CHECKPOINTS
-from ray_ministral.errors import ClusterError, PlacementError, RayMinistralError, StageDiedError
+from ray_ministral.errors import ClusterError, RayMinistralError, StageDiedError
 from ray_ministral.pipeline.generators import make_schedule
 from ray_ministral.pipeline.schedule import Schedule
 from ray_ministral.training.checkpoint import (
@@ -42,7 +43,7 @@ from ray_ministral.training.checkpoint import (
     temporary_folder,
 )
 from ray_ministral.training.packing import build_microbatches, num_microbatches
-from ray_ministral.training.plan import StageReport, TrainMicrobatch, TrainPlan, TrainStageOptions
+from ray_ministral.training.plan import StageReport, TrainMicrobatch, TrainPlan
 from ray_ministral.training.rates import clip_scale, global_norm
 from ray_ministral.training.samples import PreparedSamples
 
@@ -50,9 +51,6 @@ logger = logging.getLogger(__name__)
 
 STEPS_AHEAD = 2
 """Steps whose samples are prepared before they are needed."""
-
-SHRINK_AFTER_S = 30.0
-"""How long a number of stages may wait for room before a smaller one is tried, where `--min-stages` allows it."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,11 @@ class Trainer:
         self._sampler = start_sample_actor(job.sample_options)
         stack.callback(ray.kill, self._sampler)
         self._fill()
-        self._replicas = self._place(stack)
+        self._replicas = start_replicas(
+            job, self._actor_class or train_actor_class(), self._generation, self._log.message
+        )
+        for pipeline in self._replicas:
+            stack.callback(pipeline.close)
         self._stages = self._replicas[0].num_stages
         for pipeline in self._replicas:
             pipeline.wait_ready(config.start_timeout_s, self._log.message)
@@ -163,67 +165,6 @@ class Trainer:
         if job.eval_rows is not None:
             self._evaluator = Evaluator(job, job.eval_rows, self._replicas, self._prepare, self._get)
             self._captioner = EvalCaptioner(job, job.eval_rows, self._replicas[0], self._prepare, self._get)
-
-    def _place(self, stack: ExitStack) -> list[Pipeline]:
-        """All replicas, of as many stages as the cluster has room for between `--min-stages` and `--stages`."""
-        config = self.config.pipeline
-        fewest = self.config.fewest_stages
-        # A GPU for each of fewer stages is better than none.
-        device = resolve(replace(config, stages=fewest)).device
-        resolved = resolve(replace(config, device=device))
-        for stages in range(config.stages, fewest - 1, -1):
-            patience = config if stages == fewest else replace(config, placement_timeout_s=SHRINK_AFTER_S)
-            with ExitStack() as started:
-                try:
-                    replicas = []
-                    for replica in range(config.replicas):
-                        pipeline = self._start_replica(replica, stages, patience, resolved)
-                        started.callback(pipeline.close)
-                        replicas.append(pipeline)
-                except PlacementError as error:
-                    if stages == fewest:
-                        raise
-                    self._log.message(f"{error}; trying {stages - 1} stages, as --min-stages {fewest} allows")
-                else:
-                    stack.push(started.pop_all())
-                    return replicas
-        raise AssertionError("the last try raises")
-
-    def _start_replica(self, replica: int, stages: int, config: PipelineConfig, resolved: Resolved) -> Pipeline:
-        job = self._job
-        chunks = job.chunks(stages).stages
-        arguments = [
-            (
-                TrainStageOptions(
-                    model_dir=job.model_dir,
-                    chunks=tuple(enumerate(chunks))[stage::stages],
-                    stage=stage,
-                    num_stages=stages,
-                    num_chunks=len(chunks),
-                    replica=replica,
-                    num_replicas=config.replicas,
-                    device=resolved.device,
-                    dtype=resolved.dtype,
-                    threads=resolved.threads,
-                    optimizer=self.config.optimizer,
-                    freeze=self.config.freeze,
-                    lora_rank=self.config.lora_rank,
-                    lora_alpha=self.config.lora_alpha,
-                    recompute=self.config.recompute,
-                    seed=self.config.seed,
-                ),
-            )
-            for stage in range(stages)
-        ]
-        return Pipeline.start(
-            f"replica {replica}",
-            actor_class=self._actor_class or train_actor_class(),
-            arguments=arguments,
-            config=config,
-            resolved=resolved,
-            announce=self._log.message,
-            generation=self._generation,
-        )
 
     def _connect(self) -> None:
         """All stages of all replicas meet at the store of the very first one."""

@@ -24,7 +24,7 @@ from ray_ministral.config import (
     SamplingConfig,
     TrainConfig,
 )
-from ray_ministral.driver import trainer
+from ray_ministral.driver import train_replicas
 from ray_ministral.driver.trainer import train
 from ray_ministral.errors import PlacementError
 
@@ -131,7 +131,7 @@ def test_captions_are_those_of_a_captioning_job(kind: str, model: Path, pictures
 @pytest.fixture
 def one_free_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """All CPUs of the cluster but one are taken."""
-    monkeypatch.setattr(trainer, "SHRINK_AFTER_S", 3.0)
+    monkeypatch.setattr(train_replicas, "SHRINK_AFTER_S", 3.0)
     group = placement_group([{"CPU": ray.cluster_resources()["CPU"] - 1}])
     assert group.wait(60)
     yield
