@@ -7,7 +7,7 @@ of a few rows, and not what a footer says. (A page is read whole. pyarrow's writ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -99,7 +99,7 @@ def _reading(shard: Shard) -> Iterator[None]:
         ) from error
 
 
-def row_batches(shard: Shard, columns: Sequence[str], batch_rows: int, *, stop: int) -> Iterator[pa.RecordBatch]:
+def row_batches(shard: Shard, columns: Sequence[str], batch_rows: int, *, stop: int) -> Generator[pa.RecordBatch]:
     """The shard's row group in batches of `batch_rows` rows, from its first row until row `stop` has been read.
 
     Raises InputError where the file cannot be read. It may have fewer rows: see `too_few_rows`.

@@ -75,6 +75,24 @@ class ShardPlan:
         return sum(shard.rows for shard in self.shards)
 
 
+@dataclass(frozen=True)
+class RowGroups:
+    """Row groups, each as one shard, in input order, and the bytes of each: of the columns that are read, uncompressed.
+
+    `bytes` is what the footers say, which may be wrong, and what a dictionary makes of them is larger: for planning.
+    """
+
+    shards: tuple[Shard, ...]
+    bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Footer:
+    schema: pa.Schema
+    group_rows: tuple[int, ...]
+    group_bytes: tuple[int, ...]
+
+
 def plan_shards(
     inputs: Sequence[str],
     *,
@@ -97,40 +115,41 @@ def plan_shards(
     """
     if rows_per_shard < 1:
         raise ConfigError(f"--rows-per-shard must be at least 1, got {rows_per_shard}")
-    found, footers = _read_footers(inputs, "--input")
+    read = RowColumns(image=image_column, texts=tuple(text_columns))
+    found, footers = _read_footers(inputs, read, "--input")
     carried = _carried_columns(
         found, footers, image_column=image_column, columns=columns, with_token_ids=with_token_ids
     )
-    read = RowColumns(image=image_column, texts=tuple(text_columns))
-    for file, (schema, _) in zip(found, footers, strict=True):
-        check_columns(file.place.name, schema, read, carried=carried)
-    shards = _cut(found, [group_rows for _, group_rows in footers], rows_per_shard, limit)
+    for file, footer in zip(found, footers, strict=True):
+        check_columns(file.place.name, footer.schema, read, carried=carried)
+    shards = _cut(found, footers, rows_per_shard, limit)
     files = tuple(
-        InputFile(name=file.place.name, size=file.size, row_group_rows=group_rows)
-        for file, (_, group_rows) in zip(found, footers, strict=True)
+        InputFile(name=file.place.name, size=file.size, row_group_rows=footer.group_rows)
+        for file, footer in zip(found, footers, strict=True)
     )
     return ShardPlan(shards=shards, files=files, carried_columns=carried)
 
 
-def plan_row_groups(inputs: Sequence[str], columns: RowColumns, *, option: str) -> tuple[Shard, ...]:
-    """The row groups of `inputs`, each as one shard, in input order: for reading rows in any order.
+def plan_row_groups(inputs: Sequence[str], columns: RowColumns, *, option: str) -> RowGroups:
+    """The row groups of `inputs` that have rows: for reading rows in any order.
 
     Raises InputError as `plan_shards` does; it says that `option` is to be mended.
     """
-    found, footers = _read_footers(inputs, option)
-    for file, (schema, _) in zip(found, footers, strict=True):
-        check_columns(file.place.name, schema, columns)
-    return _cut(found, [group_rows for _, group_rows in footers], rows_per_shard=None, limit=None)
+    found, footers = _read_footers(inputs, columns, option)
+    for file, footer in zip(found, footers, strict=True):
+        check_columns(file.place.name, footer.schema, columns)
+    shards = _cut(found, footers, rows_per_shard=None, limit=None)
+    return RowGroups(shards, tuple(footers[shard.file_index].group_bytes[shard.row_group] for shard in shards))
 
 
 def _cut(
-    found: Sequence[FoundFile], group_rows: Sequence[tuple[int, ...]], rows_per_shard: int | None, limit: int | None
+    found: Sequence[FoundFile], footers: Sequence[_Footer], rows_per_shard: int | None, limit: int | None
 ) -> tuple[Shard, ...]:
     """Shards of at most `rows_per_shard` rows, or of whole row groups; only the first `limit` rows of all."""
     shards: list[Shard] = []
     left = limit
-    for file_index, (file, groups) in enumerate(zip(found, group_rows, strict=True)):
-        for row_group, rows in enumerate(groups):
+    for file_index, (file, footer) in enumerate(zip(found, footers, strict=True)):
+        for row_group, rows in enumerate(footer.group_rows):
             taken = rows if left is None else min(rows, left)
             left = None if left is None else left - taken
             step = rows_per_shard or max(1, taken)
@@ -149,37 +168,50 @@ def _cut(
     return tuple(shards)
 
 
-def _read_footers(
-    inputs: Sequence[str], option: str
-) -> tuple[list[FoundFile], list[tuple[pa.Schema, tuple[int, ...]]]]:
+def _read_footers(inputs: Sequence[str], columns: RowColumns, option: str) -> tuple[list[FoundFile], list[_Footer]]:
     found = find_files(inputs, option=option)
     with ThreadPoolExecutor(max_workers=FOOTERS_AT_ONCE) as pool:
-        return found, list(pool.map(partial(_read_footer, option=option), found))
+        return found, list(pool.map(partial(_read_footer, columns=columns, option=option), found))
 
 
-def _read_footer(file: FoundFile, option: str) -> tuple[pa.Schema, tuple[int, ...]]:
-    """The schema of a file and the rows of each of its row groups. Raises InputError."""
+def _read_footer(file: FoundFile, columns: RowColumns, option: str) -> _Footer:
+    """The schema of a file, and of each row group its rows and the bytes of `columns`. Raises InputError."""
     try:
         with file.place.filesystem.open_input_file(file.place.path) as source:
             parquet = pq.ParquetFile(source, pre_buffer=False)
             metadata = parquet.metadata
-            rows = tuple(int(metadata.row_group(index).num_rows) for index in range(metadata.num_row_groups))
-            schema = parquet.schema_arrow
+            groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+            footer = _Footer(
+                schema=parquet.schema_arrow,
+                group_rows=tuple(int(group.num_rows) for group in groups),
+                group_bytes=tuple(_bytes_of(group, columns.names) for group in groups),
+            )
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(
             f"{file.place.name} cannot be read as a parquet file: {error}; take it out of {option} (a folder stands "
             "for all its files; a glob such as folder/*.parquet chooses)"
         ) from error
-    if any(count < 0 for count in rows):
+    if any(count < 0 for count in footer.group_rows):
         raise InputError(
-            f"{file.place.name} has a damaged footer: a row group with {min(rows)} rows; write the file anew"
+            f"{file.place.name} has a damaged footer: a row group with {min(footer.group_rows)} rows; write the file "
+            "anew"
         )
-    return schema, rows
+    return footer
+
+
+def _bytes_of(group: pq.RowGroupMetaData, names: Sequence[str]) -> int:
+    """Uncompressed bytes of the columns `names` with all that is inside them."""
+    columns = (group.column(index) for index in range(group.num_columns))
+    return sum(
+        max(0, column.total_uncompressed_size)
+        for column in columns
+        if any(column.path_in_schema == name or column.path_in_schema.startswith(f"{name}.") for name in names)
+    )
 
 
 def _carried_columns(
     found: Sequence[FoundFile],
-    footers: Sequence[tuple[pa.Schema, tuple[int, ...]]],
+    footers: Sequence[_Footer],
     *,
     image_column: str,
     columns: Sequence[str] | None,
@@ -189,11 +221,11 @@ def _carried_columns(
     if columns is not None:
         carried = tuple(dict.fromkeys(columns))
     else:
-        first = footers[0][0].names
-        for file, (schema, _) in zip(found, footers, strict=True):
-            if set(schema.names) != set(first):
+        first = footers[0].schema.names
+        for file, footer in zip(found, footers, strict=True):
+            if set(footer.schema.names) != set(first):
                 raise InputError(
-                    f"{file.place.name} has the columns {sorted(schema.names)}, but {found[0].place.name} has "
+                    f"{file.place.name} has the columns {sorted(footer.schema.names)}, but {found[0].place.name} has "
                     f"{sorted(first)}: name the ones to carry over with --columns, or caption them in two jobs"
                 )
         carried = tuple(name for name in first if name != image_column)

@@ -31,7 +31,7 @@ def build_stage(options: TrainStageOptions, on_progress: Callable[[int, int], No
         )
         chunk.freeze("language" in options.freeze, "vision" in options.freeze, "projector" in options.freeze)
         if options.lora_rank is not None:
-            add_adapters(chunk, LoraOptions(options.lora_rank), options.seed)
+            add_adapters(chunk, LoraOptions(options.lora_rank, options.lora_alpha), options.seed)
         chunks[number] = chunk
     table = ImagePreprocessor(options.model_dir).normalisation_table() if options.stage == 0 else None
     return TrainStage(

@@ -9,13 +9,18 @@ unfilled steps were dropped.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
-from ray_ministral.errors import InputError
+from ray_ministral.errors import ConfigError, InputError
+
+DATA_IN_MEMORY = 512 << 20
+"""Bytes, by the files' footers, up to which the samples of an epoch are one permutation of all. Data takes up to about
+twice as much in memory as a footer says, and the reader's cache has that."""
 
 
 @dataclass(frozen=True, order=True)
@@ -48,7 +53,7 @@ class SampleOrder:
         self.num_samples = num_samples
         self.seed = seed
         self._group_rows = None if group_rows is None else tuple(group_rows)
-        self._window = window
+        self.window = window
         self._permutations: dict[int, np.ndarray] = {}
 
     def permutation(self, epoch: int) -> np.ndarray:
@@ -88,13 +93,13 @@ class SampleOrder:
 
     def _permute(self, epoch: int) -> np.ndarray:
         keys = self._random(epoch, 0, self.num_samples)
-        if self._group_rows is None or self._window is None:
+        if self._group_rows is None or self.window is None:
             return np.argsort(keys, kind="stable")
         groups = np.argsort(self._random(epoch, 1, len(self._group_rows)), kind="stable")
         starts = [0, *accumulate(self._group_rows)]
         by_group = np.concatenate([np.arange(starts[group], starts[group + 1]) for group in groups])
-        for start in range(0, self.num_samples, self._window):
-            window = slice(start, start + self._window)
+        for start in range(0, self.num_samples, self.window):
+            window = slice(start, start + self.window)
             by_group[window] = by_group[window][np.argsort(keys[window], kind="stable")]
         return by_group
 
@@ -106,3 +111,39 @@ class SampleOrder:
         """
         philox = np.random.Philox(key=np.array([self.seed, epoch], dtype=np.uint64), counter=stream << 192)
         return philox.random_raw(count)
+
+
+def choose_window(num_samples: int, num_bytes: int, room: int = DATA_IN_MEMORY) -> int | None:
+    """The window of a `SampleOrder` for data of so many bytes: None where all of it fits into `room`.
+
+    Otherwise half the room by the mean size of a sample, since where two windows meet both are needed. It follows from
+    the data alone: the same on every machine.
+    """
+    return None if num_bytes <= room else max(1, num_samples * (room // 2) // num_bytes)
+
+
+def plan_order(
+    group_rows: Sequence[int], group_bytes: Sequence[int], seed: int, held: Mapping[str, Any] | None = None
+) -> SampleOrder:
+    """The order for data of these row groups; of a run that goes on the one that it had.
+
+    `held` is what its checkpoint says, `order_state` and more. Raises ConfigError where the data is another.
+    """
+    rows = sum(group_rows)
+    if held is None:
+        window = choose_window(rows, sum(group_bytes))
+    else:
+        window = held.get("window")
+        now = {"rows": rows, "row_groups": len(group_rows)}
+        changed = [f"{name}: {held[name]} -> {now[name]}" for name in now if held.get(name, now[name]) != now[name]]
+        if changed:
+            raise ConfigError(
+                f"the data of --train changed since the last checkpoint ({', '.join(changed)}), so its samples would "
+                "come in another order: give the run its data back, or start anew with another --output"
+            )
+    return SampleOrder(rows, seed, group_rows=None if window is None else group_rows, window=window)
+
+
+def order_state(group_rows: Sequence[int], order: SampleOrder) -> dict[str, Any]:
+    """What decides the order besides the seed, as plain JSON for a checkpoint."""
+    return {"rows": order.num_samples, "row_groups": len(group_rows), "window": order.window}

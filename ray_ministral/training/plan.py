@@ -31,6 +31,7 @@ class TrainStageOptions:
     optimizer: OptimizerConfig
     freeze: tuple[Freezable, ...] = ()
     lora_rank: int | None = None
+    lora_alpha: float | None = None
     recompute: bool = False
     seed: int = 0
 

@@ -93,7 +93,8 @@ def plan_samples(inputs: Sequence[str], options: SampleOptions, *, option: str =
     Raises InputError for a file that is missing or not parquet, a column that is missing or of a type that cannot be
     used, and where there is no row at all; it says that `option` is to be mended.
     """
-    index = RowIndex(plan_row_groups(inputs, options.columns, option=option))
+    groups = plan_row_groups(inputs, options.columns, option=option)
+    index = RowIndex(groups.shards, groups.bytes)
     if len(index) == 0:
         raise InputError(f"{option} has no rows: give parquet files with some")
     return index

@@ -114,6 +114,20 @@ class TrainStage:
         self._reset()
         return StageReport(losses, self._squared_norms(), time.perf_counter() - started - self._waited)
 
+    def evaluate(self, plan: TrainPlan, *blocks: Pixels) -> tuple[float, ...]:
+        """Run actions that are forward alone: `StageReport.losses`. Weights, gradients and moments stay as they are."""
+        self._waited = 0.0
+        self._reset()
+        self._wanted = frozenset((action.kind, action.chunk) for action in plan.actions)
+        assert not any(kind in (Kind.B, Kind.W) for kind, _ in self._wanted), "an evaluation has no backward pass"
+        for action in plan.actions:
+            self._run(action, plan, blocks)
+        if self._channel is not None:
+            self._channel.flush()
+        losses = tuple(float(self._losses[index]) for index in sorted(self._losses))
+        self._reset()
+        return losses
+
     def commit(self, scale: float, learning_rate: float) -> None:
         """Phase two: scale all gradients (clipping), step the optimizer, forget the gradients."""
         self.optimizer.step(scale, learning_rate)

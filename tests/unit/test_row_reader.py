@@ -12,9 +12,10 @@ import pytest
 
 from ray_ministral.data.columns import RowColumns
 from ray_ministral.data.parquet import SourceRow
-from ray_ministral.data.row_reader import RowIndex, RowPlace, RowReader
+from ray_ministral.data.row_reader import OPEN_GROUPS, RowIndex, RowPlace, RowReader
 from ray_ministral.data.shards import Shard, plan_row_groups
 from ray_ministral.errors import InputError
+from ray_ministral.training.order import SampleOrder
 
 COLUMNS = RowColumns(image="image", texts=("title",))
 IMAGE_BYTES = 1000
@@ -36,7 +37,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def index_of(files: list[str], columns: RowColumns = COLUMNS) -> RowIndex:
-    return RowIndex(plan_row_groups(files, columns, option="--train"))
+    groups = plan_row_groups(files, columns, option="--train")
+    return RowIndex(groups.shards, groups.bytes)
 
 
 def number_of(row: SourceRow) -> int:
@@ -84,7 +86,7 @@ def test_the_right_rows_in_bounded_memory(files: list[str], cache_bytes: int, ba
         rows = reader.read([index.place(number) for number in numbers])
         assert [number_of(row) for row in rows] == numbers
         assert reader.cached_bytes <= cache_bytes
-        assert reader.cached_bytes == sum(group.bytes for group in reader._groups.values())
+        assert reader.cached_bytes == sum(piece.bytes for piece in reader._pieces.values())
 
 
 def test_row_groups_that_are_kept_are_not_read_again(files: list[str]) -> None:
@@ -102,7 +104,8 @@ def test_row_groups_that_are_kept_are_not_read_again(files: list[str]) -> None:
     assert nothing_kept.groups_read == 12
 
 
-def test_the_least_recently_used_makes_room(files: list[str]) -> None:
+def test_the_least_recently_used_makes_room(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray_ministral.data.row_reader.PIECES_IN_CACHE", 1)  # a row group is one piece
     index = index_of(files)
     first, second, third = (index.place(number) for number in (0, 30, 70))
     one_group = RowReader(COLUMNS)
@@ -117,17 +120,54 @@ def test_the_least_recently_used_makes_room(files: list[str]) -> None:
     assert reader.groups_read == 4
 
 
-def test_one_that_is_too_large_does_not_drive_out_the_others_twice(files: list[str], tmp_path: Path) -> None:
-    pq.write_table(pa.table({"image": [image(0)] * 300, "title": ["t0"] * 300}), tmp_path / "large.parquet")
-    small, large = index_of(files), index_of([str(tmp_path)])
-    reader = RowReader(COLUMNS, cache_bytes=200_000)
-    reader.read([large.place(5)])
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Rows 0 to 2399 in six files of one row group of 400 rows."""
+    folder = tmp_path_factory.mktemp("large")
+    for number in range(6):
+        rows = range(400 * number, 400 * (number + 1))
+        table = pa.table({"image": [image(n) for n in rows], "title": [f"t{n}" for n in rows]})
+        pq.write_table(table, folder / f"{number}.parquet")
+    return [str(folder)]
+
+
+def test_row_groups_larger_than_the_cache_are_read_once_in_windows(large: list[str]) -> None:
+    index = index_of(large)
+    assert index.shard_bytes[0] > 400 * IMAGE_BYTES
+    order = SampleOrder(2400, 0, group_rows=index.group_rows, window=100)
+    reader = RowReader(COLUMNS, cache_bytes=250 * IMAGE_BYTES)
+    for step in range(75):
+        numbers = order.step_samples(step, 32)
+        assert [number_of(row) for row in reader.read([index.place(number) for number in numbers])] == list(numbers)
+        assert reader.cached_bytes <= 250 * IMAGE_BYTES
+    assert reader.groups_read == 6
+
+
+def test_few_files_stay_open(large: list[str]) -> None:
+    index = index_of(large)
+    reader = RowReader(COLUMNS, cache_bytes=100 * IMAGE_BYTES)
+    rng = np.random.default_rng(0)
+    opened = []
+    for _ in range(20):
+        numbers = rng.integers(0, 2400, 8).tolist()
+        assert [number_of(row) for row in reader.read([index.place(number) for number in numbers])] == numbers
+        opened.append(sum(group.batches is not None for group in reader._groups.values()))
+    assert max(opened) == OPEN_GROUPS
+
+
+def test_a_row_group_that_cannot_be_read_is_an_error_each_time(files: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": [image(n) for n in range(900)], "title": ["t0"] * 900}), path)
+    place = index_of([str(path)]).place(800)
+    data = bytearray(path.read_bytes())
+    half = len(data) // 2
+    data[half : half + 10_000] = b"\xff" * 10_000
+    path.write_bytes(data)
+    reader = RowReader(COLUMNS, cache_bytes=10**6)
+    for _ in range(2):
+        with pytest.raises(InputError, match="cannot be read"):
+            reader.read([place])
     assert reader.cached_bytes == 0
-    reader.read([small.place(5)])
-    assert [number_of(row) for row in reader.read([large.place(299), large.place(5)])] == [0, 0]
-    before = reader.groups_read
-    reader.read([small.place(6)])
-    assert reader.groups_read == before
 
 
 def test_a_row_that_cannot_be_used_is_an_error_of_its_own(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from ray_ministral.errors import InputError
-from ray_ministral.training.order import Cursor, SampleOrder
+from ray_ministral.errors import ConfigError, InputError
+from ray_ministral.training.order import DATA_IN_MEMORY, Cursor, SampleOrder, choose_window, order_state, plan_order
 
 
 def orders(num_samples: int, seed: int = 0) -> list[SampleOrder]:
@@ -140,3 +140,29 @@ def test_no_samples_and_wrong_windows() -> None:
 def test_nobody_can_change_a_permutation() -> None:
     with pytest.raises(ValueError, match="read-only"):
         SampleOrder(4, 0).permutation(0)[0] = 3
+
+
+def test_what_fits_into_memory_is_one_permutation() -> None:
+    assert choose_window(1000, 400, room=400) is None
+    assert choose_window(1000, 401, room=400) == 498
+    assert choose_window(1000, 400_000, room=400) == 1
+    assert choose_window(3, 10**12, room=400) == 1
+    assert choose_window(0, 0) is None
+
+
+def test_the_order_follows_from_the_data_and_a_run_keeps_its_own() -> None:
+    rows = [400, 300, 300]
+    small = plan_order(rows, [DATA_IN_MEMORY // 4] * 3, seed=2)
+    assert np.array_equal(small.permutation(0), SampleOrder(1000, 2).permutation(0))
+    large = plan_order(rows, [DATA_IN_MEMORY] * 3, seed=2)
+    assert np.array_equal(large.permutation(1), SampleOrder(1000, 2, group_rows=rows, window=166).permutation(1))
+
+    for order in (small, large):
+        held = order_state(rows, order)
+        # another version of us, with another idea of what is large, goes on with the order that the run had
+        again = plan_order(rows, [1, 1, 1], seed=2, held=held | {"seed": 2})
+        assert np.array_equal(again.permutation(3), order.permutation(3))
+        with pytest.raises(ConfigError, match=r"--train changed .*rows: 1000 -> 1001.*row_groups: 3 -> 4"):
+            plan_order([*rows, 1], [1, 1, 1, 1], seed=2, held=held)
+    # a run of a version that said nothing had one permutation
+    assert plan_order(rows, [DATA_IN_MEMORY] * 3, seed=2, held={}).window is None
