@@ -2,8 +2,8 @@
 
     python -m benchmarks.train_peers hugging-face|pipelining --model DIR --samples FILE …
 
-Both are given finished token ids and pixels, as this project's job has prepared them, step by step: reading, decoding and
-tokenising cost them nothing. Prints a line of JSON: seconds and loss of each step.
+Both are given finished token ids and pixels, as this project's job has prepared them, step by step: reading, decoding
+and tokenising cost them nothing. Prints a line of JSON: seconds and loss of each step.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LEARNING_RATE, CLIP_NORM, WEIGHT_DECAY, BETAS, EPS = 1e-3, 1.0, 0.01, (0.9, 0.95
 
 @dataclass(frozen=True)
 class Sample:
-    """token_ids, labels: int64 [T], labels where Hugging Face has them (not shifted). pixels: float [3, H, W] or None."""
+    """token_ids: int64 [T]. labels: int64 [T], not shifted, as Hugging Face wants them. pixels: float [3, H, W]."""
 
     token_ids: Tensor
     labels: Tensor

@@ -65,7 +65,10 @@ def connect_stage(
 
     transport = twins = None
     if options.num_stages > 1:
-        transport = GroupTransport(group(f"replica-{options.replica}", options.stage, options.num_stages), device)
+        name = f"replica-{options.replica}"
+        down = group(name, options.stage, options.num_stages)
+        up = group(f"{name}-up", options.stage, options.num_stages) if device.type == "cuda" else down
+        transport = GroupTransport(down, up, options.stage, device)
     if options.num_replicas > 1:
         twins = GroupTwins(group(f"stage-{options.stage}", options.replica, options.num_replicas))
     stage.connect(transport, twins)

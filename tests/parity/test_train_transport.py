@@ -44,7 +44,7 @@ def test_a_step_over_gloo(dtype: str, layout: Layout, directory: Any) -> None:
     model_dir = directory(tied=True)
     queues, gloo = (layout.pipeline(model_dir, dtype=DTYPES[dtype]) for _ in range(2))
     for stage, group in zip(gloo.stages, groups(f"{layout.name}-{dtype}", layout.num_stages), strict=True):
-        stage.connect(GroupTransport(group, CPU))
+        stage.connect(GroupTransport(group, group, group.rank(), CPU))
     assert run(gloo, layout, range(2)) == run(queues, layout, range(2))
     assert_same_bits(gloo.weights(), queues.weights())
 
@@ -68,7 +68,7 @@ def test_three_replicas_over_gloo(directory: Any) -> None:
 
 def test_many_messages_wait_for_their_receiver() -> None:
     """Sent long before they are received, of several sizes, and received by tag; nothing is lost or mixed up."""
-    first, second = (GroupTransport(group, CPU) for group in groups("messages", 2))
+    first, second = (GroupTransport(group, group, group.rank(), CPU) for group in groups("messages", 2))
     sizes = [1, 1000, 300_000]
     sent = [torch.full((sizes[tag % 3],), float(tag)) for tag in range(30)]
 
@@ -80,6 +80,6 @@ def test_many_messages_wait_for_their_receiver() -> None:
     sender = threading.Thread(target=send, args=(range(30),))
     sender.start()
     for tag, expected in enumerate(sent):
-        assert second.receive(tuple(expected.shape), torch.float32, 0, tag).equal(expected), tag
+        assert second.receive(tuple(expected.shape), torch.float32, 0, tag)().equal(expected), tag
     sender.join(TIMEOUT_S)
     assert not sender.is_alive()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,14 @@ class QueueTransport:
     def send(self, tensor: Tensor, to_stage: int, tag: int) -> None:
         self._queues[self._stage, to_stage, tag].put(tensor.detach().clone())
 
-    def receive(self, shape: tuple[int, ...], dtype: torch.dtype, from_stage: int, tag: int) -> Tensor:
-        tensor = self._queues[from_stage, self._stage, tag].get(timeout=TIMEOUT_S)
-        assert tuple(tensor.shape) == shape
-        assert tensor.dtype == dtype
-        return tensor
+    def receive(self, shape: tuple[int, ...], dtype: torch.dtype, from_stage: int, tag: int) -> Callable[[], Tensor]:
+        def wait() -> Tensor:
+            tensor = self._queues[from_stage, self._stage, tag].get(timeout=TIMEOUT_S)
+            assert tuple(tensor.shape) == shape
+            assert tensor.dtype == dtype
+            return tensor
+
+        return wait
 
     def flush(self) -> None:
         return
