@@ -49,7 +49,7 @@ class GradientAccumulator:
         """After the last backward pass of a step: every `main_grad` is the step's gradient."""
         for parameter in self._parameters:
             if self.is_first(parameter):
-                parameter.main_grad.zero_()  # type: ignore[attr-defined]
+                parameter.main_grad.zero_()
 
     def is_first(self, parameter: nn.Parameter) -> bool:
         """Whether a gradient that comes now is the parameter's first since `reset`."""

@@ -26,6 +26,7 @@ from ray_ministral.model.megatron_core import (
     get_gpt_layer_local_spec,
     quietly,
 )
+from ray_ministral.model.swiglu import GatedMLP
 
 if TYPE_CHECKING:
     from transformers import Mistral3Config
@@ -91,6 +92,8 @@ def build_language_model(
             position_embedding_type="none",
             pg_collection=groups_of_one(),
         )
+    for layer in model.decoder.layers:
+        layer.mlp.forward = GatedMLP(layer.mlp)
     return model.to(dtype)
 
 
