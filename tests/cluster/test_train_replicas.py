@@ -23,7 +23,7 @@ def config(model: Path, tmp_path: Path) -> TrainConfig:
         train=(str(write_pairs(tmp_path / "pairs.parquet")),),
         output="to be replaced",
         samples=SampleConfig(response_column="response"),
-        optimizer=OptimizerConfig(learning_rate=3e-4, clip_norm=0.01, adam_eps=1e-6),
+        optimizer=OptimizerConfig(learning_rate=3e-4, clip_norm=0.1, adam_eps=1e-6),
         pipeline=PipelineConfig(dtype="float32", threads_per_stage=1, step_timeout_s=300),
         global_batch_size=10,
         microbatch_size=2,
