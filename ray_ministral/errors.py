@@ -4,7 +4,8 @@
     ├── UsageError            the caller can mend it: options, model directory, input; exit status 2
     │   ├── ConfigError       an option that does not fit, alone or with another
     │   ├── ModelError        a model directory that cannot be run: architecture, weights, tokenizer
-    │   └── InputError        input files or columns that are not there or not readable
+    │   ├── InputError        input files or columns that are not there or not readable
+    │   └── DivergedError     training came to gradients that are no numbers
     ├── RowError              one row cannot be captioned; becomes `status` and `error` of that row
     │   ├── BadImageError     bad_image
     │   ├── TooLargeError     too_large
@@ -32,7 +33,7 @@ class RayMinistralError(Exception):
 
 
 class UsageError(RayMinistralError, ValueError):
-    """The caller can mend it before the job starts."""
+    """The caller can mend it, nearly always before the job starts."""
 
     exit_status = 2
 
@@ -47,6 +48,10 @@ class ModelError(UsageError):
 
 class InputError(UsageError):
     """Input files or columns that are missing or unreadable."""
+
+
+class DivergedError(UsageError):
+    """Training came to gradients that are no numbers. The same options would come there again."""
 
 
 class RowError(RayMinistralError):

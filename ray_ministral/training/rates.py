@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ray_ministral.config import LearningRateName
-from ray_ministral.errors import ConfigError
+from ray_ministral.errors import ConfigError, DivergedError
 
 
 def global_norm(squared_norms: Mapping[str, float]) -> float:
@@ -16,7 +16,15 @@ def global_norm(squared_norms: Mapping[str, float]) -> float:
 
 
 def clip_scale(norm: float, clip_norm: float | None) -> float:
-    """The factor that brings a gradient of this norm down to `clip_norm`; as in `torch.nn.utils.clip_grad_norm_`."""
+    """The factor that brings a gradient of this norm down to `clip_norm`; as in `torch.nn.utils.clip_grad_norm_`.
+
+    Raises DivergedError where the norm is no number: a step along such a gradient would leave no weight as it was.
+    """
+    if not math.isfinite(norm):
+        raise DivergedError(
+            f"the norm of the step's gradients is {norm}; the step was not taken, and the checkpoints are from before: "
+            "go on with a lower --learning-rate, more --warmup-steps or a smaller --clip-norm"
+        )
     return 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))
 
 

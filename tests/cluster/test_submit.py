@@ -217,7 +217,7 @@ def test_a_submitted_training_has_hugging_faces_curve(head: Head, model: Path, t
     command = submit_command(head, model, pairs, output)
     command = [*command[: command.index("--") + 1], "python", "jobs/train.py", *train_options(model, pairs, output)]
     command += ["--stages", "2", "--schedule", "zero-bubble", "--steps", str(steps)]
-    options = OptimizerConfig(5e-4, 3, "cosine", weight_decay=0.1, clip_norm=0.01, adam_eps=1e-6)
+    options = OptimizerConfig(5e-4, 3, "cosine", weight_decay=0.1, clip_norm=0.1, adam_eps=1e-6)
     for name, value in asdict(options).items():
         command += [f"--{name.replace('_', '-')}", str(value)]
     done = head.ray(*command, timeout=300)
@@ -227,7 +227,7 @@ def test_a_submitted_training_has_hugging_faces_curve(head: Head, model: Path, t
 
     lines = metrics(output)
     assert [line["step"] for line in lines] == list(range(1, steps + 1))
-    assert all(line["grad_norm"] > 0.01 for line in lines), "clipping is active"
+    assert all(line["grad_norm"] > 0.1 for line in lines), "clipping is active"
     config = TrainConfig(
         model=str(model),
         train=(str(pairs),),
@@ -238,12 +238,12 @@ def test_a_submitted_training_has_hugging_faces_curve(head: Head, model: Path, t
         steps=steps,
     )
     loop, expected = hugging_face_loop(config)
-    assert [line["loss"] for line in lines] == pytest.approx([loss for loss, _ in expected], rel=1e-4)
-    assert [line["grad_norm"] for line in lines] == pytest.approx([norm for _, norm in expected], rel=1e-3)
+    assert [line["loss"] for line in lines] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
+    assert [line["grad_norm"] for line in lines] == pytest.approx([norm for _, norm in expected], rel=1e-4)
     ours, theirs = final_weights(output), loop.weights()
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
-        assert float((ours[name] - tensor).norm()) <= 1e-4 * float(tensor.norm()), name
+        assert float((ours[name] - tensor).norm()) <= 1e-5 * float(tensor.norm()), name
 
 
 @pytest.mark.parametrize("wrong", ["token", "address"])

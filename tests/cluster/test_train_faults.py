@@ -15,7 +15,7 @@ from tests.cluster.train_runs import curve, final_weights, metrics, train_comman
 pytestmark = pytest.mark.slow
 
 STEPS = 8
-OPTIONS = ("--steps", STEPS, "--learning-rate", 1e-3, "--warmup-steps", 2, "--clip-norm", 0.01)
+OPTIONS = ("--steps", STEPS, "--learning-rate", 1e-3, "--warmup-steps", 2, "--clip-norm", 0.1)
 EACH_STEP = ("--checkpoint-every", 1, "--keep-checkpoints", 2)
 
 
@@ -47,7 +47,7 @@ def test_a_kill_while_a_checkpoint_is_written_changes_no_bit(model: Path, tmp_pa
         assert run.wait() == 0, run.stderr
     expected = metrics(calm)
     assert [line["step"] for line in expected] == list(range(1, STEPS + 1))
-    assert all(line["grad_norm"] > 0.01 for line in expected), "clipping is active"
+    assert all(line["grad_norm"] > 0.1 for line in expected), "clipping is active"
 
     # The driver dies; nobody is left who could commit.
     with started(train_command(model, pairs, output, *OPTIONS, *EACH_STEP, "--stages", 2)) as run:

@@ -227,6 +227,21 @@ def test_before_the_first_step_and_with_more_unfrozen(directory: Any, tmp_path: 
     assert tensors["model.language_model.norm.weight.step"] == 3
 
 
+def test_stages_that_train_nothing(directory: Any, tmp_path: Path) -> None:
+    """With the language model frozen only the first stage has an optimizer; the others still save their weights."""
+    model_dir, frozen = directory(tied=True), (True, False, False)
+    begun = TWO.pipeline(model_dir, freeze=frozen)
+    curve = run(begun, TWO, range(4))
+    begun = TWO.pipeline(model_dir, freeze=frozen)
+    run(begun, TWO, range(2))
+    checkpoint = save(begun, tmp_path, 2, model_dir)
+    assert [path.name for path in (checkpoint / "optimizer").iterdir()] == ["optimizer-00001-of-00002.safetensors"]
+    for layout in (ONE, THREE, FOUR):
+        resumed = resume(layout.pipeline(model_dir, freeze=frozen), checkpoint)
+        assert_same_bits(resumed.weights(), begun.weights())
+        assert run(resumed, layout, range(2, 4)) == curve[2:]
+
+
 def test_the_dtype_may_change(directory: Any, tmp_path: Path) -> None:
     """Masters come from masters: nothing is lost by going to fp32."""
     model_dir = directory()

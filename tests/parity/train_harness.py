@@ -201,6 +201,7 @@ def compute_on(
         thread.join(TIMEOUT_S)
     done: list[StageReport] = []
     for place in places:
+        assert place in reports, f"replica and stage {place} did not come back in {TIMEOUT_S:g} s"
         report = reports[place]
         if isinstance(report, BaseException):
             raise report
