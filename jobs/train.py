@@ -33,7 +33,7 @@ from ray_ministral.config import (  # noqa: E402
 )
 
 if TYPE_CHECKING:
-    from ray_ministral.driver.trainer import TrainSummary
+    from ray_ministral.driver.train_result import TrainSummary
 
 Run = Callable[[TrainConfig], "TrainSummary"]
 
@@ -163,6 +163,7 @@ def main(arguments: Sequence[str] | None = None, *, engine: Callable[[], Run] = 
 @click.option(
     "--resume", metavar="auto|never|DIR", default=TrainConfig.resume, help="From the newest good checkpoint, or one."
 )
+@click.option("--trace", metavar="FILE", help="Write a timeline of all stages for ui.perfetto.dev.")
 @click.option("--address", metavar="auto|local|…", default=TrainConfig.address, help="As in jobs/caption.py.")
 @click.version_option(__version__, prog_name="ray_ministral")
 @click.pass_obj

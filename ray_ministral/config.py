@@ -332,6 +332,7 @@ class TrainConfig:
     checkpoint_every: int | None = None
     keep_checkpoints: int = 2
     resume: str = "auto"
+    trace: str | None = None
     address: str = "auto"
 
     def __post_init__(self) -> None:

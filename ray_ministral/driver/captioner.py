@@ -114,12 +114,13 @@ class Captioner:
             pipeline = Pipeline.start(
                 f"replica {index}",
                 actor_class=self._actor_class or stage_actor_class(),
-                arguments=arguments,
+                num_stages=len(arguments),
                 config=config,
                 resolved=resolved,
                 announce=self._progress.message,
             )
             stack.callback(pipeline.close)
+            pipeline.load(arguments)
             pipelines.append(pipeline)
         self._clock.lap("placement")
         for pipeline in pipelines:

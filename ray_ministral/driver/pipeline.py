@@ -32,7 +32,8 @@ Announce = Callable[[str], None]
 class Pipeline:
     """One replica: an actor for each stage, in one placement group. `generation` grows with each rebuild.
 
-    The actors have `load() -> LoadReport`, and `status()` and `busy_seconds()` in a concurrency group of their own.
+    The actors have `warm_up()`, `load(...) -> LoadReport`, and in a concurrency group of their own `status()` and
+    `busy_seconds()`.
     """
 
     def __init__(self, name: str, group: PlacementGroup, actors: list[Any], generation: int) -> None:
@@ -49,34 +50,37 @@ class Pipeline:
         name: str,
         *,
         actor_class: Any,
-        arguments: Sequence[tuple[Any, ...]],
+        num_stages: int,
         config: PipelineConfig,
         resolved: Resolved,
         announce: Announce,
         generation: int = 0,
     ) -> Pipeline:
-        """Reserve room for all stages, start their actors, let them load in parallel; `wait_ready` waits for them.
+        """Reserve room for all stages, start their actors, let them warm up; `load` tells them which stages they are.
 
-        `arguments` has what each stage's actor is made with, first to last. Raises `PlacementError` where the cluster
-        has no room within `config.placement_timeout_s`.
+        Raises `PlacementError` where the cluster has no room within `config.placement_timeout_s`.
         """
-        group = placement_group([resolved.bundle] * len(arguments), strategy="PACK")
+        group = placement_group([resolved.bundle] * num_stages, strategy="PACK")
         pipeline = cls(name, group, [], generation)
         try:
-            _wait_for_room(name, group, resolved, len(arguments), config.placement_timeout_s, announce)
-            for index, own in enumerate(arguments):
+            _wait_for_room(name, group, resolved, num_stages, config.placement_timeout_s, announce)
+            for index in range(num_stages):
                 actor = actor_class.options(
                     num_cpus=resolved.threads,
                     num_gpus=1 if resolved.device == "cuda" else 0,
                     scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
                     runtime_env={"env_vars": STAGE_ENVIRONMENT | {"OMP_NUM_THREADS": str(resolved.threads)}},
-                ).remote(*own)
+                ).remote()
                 pipeline.actors.append(actor)
-            pipeline._loads = [actor.load.remote() for actor in pipeline.actors]
+                actor.warm_up.remote()  # what goes wrong here goes wrong in `load`, too
         except BaseException:
             pipeline.close()
             raise
         return pipeline
+
+    def load(self, arguments: Sequence[tuple[Any, ...]]) -> None:
+        """Let the stages load in parallel, with the arguments of each, first to last; `wait_ready` waits for them."""
+        self._loads = [actor.load.remote(*own) for actor, own in zip(self.actors, arguments, strict=True)]
 
     @property
     def num_stages(self) -> int:

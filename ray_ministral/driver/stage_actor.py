@@ -1,7 +1,7 @@
 """The thin Ray skin around a `CaptionStage`: when it imports, what it is asked while it works, which resources it has.
 
-`StageActor` is a plain class that imports nothing heavy until `load`; `stage_actor_class` makes it remote. The driver
-uses it by default, `actors/` hands the same thing to the command line.
+`StageActor` is a plain class that imports nothing heavy until `warm_up`; `stage_actor_class` makes it remote. The
+driver uses it by default, `actors/` hands the same thing to the command line.
 """
 
 from __future__ import annotations
@@ -47,28 +47,33 @@ class LoadReport:
 
 
 class StageActor:
-    """One stage of one pipeline, in a process of its own."""
+    """One stage of one pipeline, in a process of its own. Which one it is, it learns in `load`."""
 
-    def __init__(self, options: StageOptions, sampling: SamplingConfig, kv_tokens_per_microbatch: int) -> None:
-        self._arguments = (options, sampling, kv_tokens_per_microbatch)
+    def __init__(self) -> None:
         self._status = StageStatus("starting")
         self._stage: CaptionStage | None = None
+        self._import_seconds = 0.0
 
-    def load(self) -> LoadReport:
-        """Import torch and megatron, read this stage's weights."""
+    def warm_up(self) -> None:
+        """Import torch and megatron."""
         self._status = StageStatus("importing")
         started = time.perf_counter()
+        from ray_ministral.captioning.stage import CaptionStage  # noqa: F401
+
+        self._import_seconds = time.perf_counter() - started
+
+    def load(self, options: StageOptions, sampling: SamplingConfig, kv_tokens_per_microbatch: int) -> LoadReport:
+        """Read the weights of a stage."""
         from ray_ministral.captioning.stage import CaptionStage
 
-        imported = time.perf_counter()
-        self._stage = CaptionStage(*self._arguments)
+        self._stage = CaptionStage(options, sampling, kv_tokens_per_microbatch)
         load_seconds = self._stage.load(self._loading)
         memory = self._stage.memory()
         self._status = StageStatus("ready", memory["parameters"], memory["parameters"])
         return LoadReport(
             pid=os.getpid(),
             node_id=ray.get_runtime_context().get_node_id(),
-            import_seconds=imported - started,
+            import_seconds=self._import_seconds,
             load_seconds=load_seconds,
             parameter_bytes=memory["parameters"],
             peak_rss_bytes=memory["peak_rss"],

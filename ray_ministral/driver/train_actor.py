@@ -1,4 +1,4 @@
-"""The thin Ray skin around a `TrainStage`. Like `StageActor` it imports nothing heavy until `load`."""
+"""The thin Ray skin around a `TrainStage`. Like `StageActor` it imports nothing heavy until `warm_up`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,34 +26,47 @@ if TYPE_CHECKING:
 
 GROUP_TIMEOUT_S = 600.0
 
+FILES = "files"
+"""Concurrency group of calls that write while the stage computes."""
+
 
 class TrainActor:
-    """One stage of one replica in training, in a process of its own."""
+    """One stage of one replica in training, in a process of its own. Which one it is, it learns in `load`."""
 
-    def __init__(self, options: TrainStageOptions) -> None:
-        self._options = options
+    def __init__(self) -> None:
         self._status = StageStatus("starting")
         self._stage: TrainStage | None = None
+        self._import_seconds = 0.0
         self._store: Any = None
         self._captioning: dict[int, CaptionStage] = {}
+        self._writing: Future[StagePart] | None = None
         self._busy = 0.0
 
-    def load(self) -> LoadReport:
-        """Import torch and megatron, read this stage's chunks."""
+    def warm_up(self) -> None:
+        """Import torch and megatron."""
         self._status = StageStatus("importing")
+        started = time.perf_counter()
+        from ray_ministral.training import build, snapshot  # noqa: F401
+
+        self._import_seconds = time.perf_counter() - started
+
+    def load(self, options: TrainStageOptions) -> LoadReport:
+        """Read the chunks of a stage."""
         started = time.perf_counter()
         from ray_ministral.pipeline.stage import process_memory
         from ray_ministral.training.build import build_stage
+        from ray_ministral.training.snapshot import BackgroundWriter
 
-        imported = time.perf_counter()
-        self._stage = build_stage(self._options, self._loading)
+        self._options = options
+        self._writer = BackgroundWriter()
+        self._stage = build_stage(options, self._loading)
         size = sum(p.nbytes for chunk in self._stage.chunks.values() for p in chunk.parameters())
         self._status = StageStatus("ready", size, size)
         return LoadReport(
             pid=os.getpid(),
             node_id=ray.get_runtime_context().get_node_id(),
-            import_seconds=imported - started,
-            load_seconds=time.perf_counter() - imported,
+            import_seconds=self._import_seconds,
+            load_seconds=time.perf_counter() - started,
             parameter_bytes=size,
             peak_rss_bytes=process_memory()["peak_rss"],
         )
@@ -94,9 +108,11 @@ class TrainActor:
         self._busy += report.busy_seconds
         return report
 
-    def commit(self, scale: float, learning_rate: float) -> None:
-        """See `TrainStage.commit`."""
+    def commit(self, scale: float, learning_rate: float) -> tuple[float, float]:
+        """See `TrainStage.commit`; when it began, in seconds since the epoch, and how many it took."""
+        started, begun = time.time(), time.perf_counter()
         self.stage.commit(scale, learning_rate)
+        return started, time.perf_counter() - begun
 
     def evaluate(self, plan: TrainPlan, *blocks: Any) -> tuple[float, ...]:
         """See `TrainStage.evaluate`."""
@@ -134,12 +150,17 @@ class TrainActor:
 
         load_stage(self.stage, Path(checkpoint))
 
-    def save(self, folder: str) -> StagePart:
-        """Write its files of a checkpoint."""
-        from ray_ministral.training.snapshot import save_stage
+    def save(self, folder: str) -> None:
+        """Begin to write its files of a checkpoint as of now. Training may go on; `written` waits for the end."""
+        self._writing = self._writer.save(self.stage, Path(folder))
 
-        return save_stage(self.stage, Path(folder))
+    @ray.method(concurrency_group=FILES)
+    def written(self) -> StagePart:
+        """Wait for what `save` has begun. Raises OSError."""
+        assert self._writing is not None, "save() comes first"
+        return self._writing.result()
 
+    @ray.method(concurrency_group=FILES)
     def commit_checkpoint(self, folder: str, parts: Sequence[StagePart], state: TrainState) -> str:
         """When all stages have saved into `folder`: add the rest and give it its name."""
         from ray_ministral.training.lora import LoraOptions
@@ -174,4 +195,4 @@ class TrainActor:
 def train_actor_class() -> Any:
     """`TrainActor` as a Ray actor class; Ray restarts and retries nothing."""
     remote: Any = ray.remote  # its type stubs lack concurrency groups
-    return remote(max_restarts=0, max_task_retries=0, concurrency_groups={HEALTH: 1})(TrainActor)
+    return remote(max_restarts=0, max_task_retries=0, concurrency_groups={HEALTH: 1, FILES: 1})(TrainActor)

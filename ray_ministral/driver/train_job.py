@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ from ray_ministral.model.checkpoint import Checkpoint
 from ray_ministral.pipeline.generators import make_schedule
 from ray_ministral.pipeline.partition import Costs, Partition
 from ray_ministral.training.checkpoint import TrainState, read_state
+from ray_ministral.training.costs import training_costs
 from ray_ministral.training.order import SampleOrder, order_state, plan_order
 from ray_ministral.training.packing import num_microbatches
 from ray_ministral.training.rates import LearningRate
 from ray_ministral.training.samples import SampleOptions, load_tokenizer, plan_samples
-from ray_ministral.training.targets import ConversationTokenizer
+from ray_ministral.training.targets import ConversationTokenizer, TrainSample
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,19 @@ class TrainJob:
             first_step=first_step,
         )
 
-    def chunks(self, stages: int) -> Partition:
-        """The cut of the model for so many stages: chunk c belongs to stage c modulo `stages`."""
-        return Partition.balanced(Costs.from_flops(self.arch), stages * self.config.chunks_per_stage)
+    @property
+    def trace(self) -> Path | None:
+        """Where the timeline goes, if anywhere."""
+        return None if self.config.trace is None else Path(os.path.abspath(self.config.trace))
+
+    def chunks(self, stages: int, samples: Sequence[TrainSample]) -> Partition:
+        """The cut of the model for so many stages, by what `samples` cost; of none, by what a usual request does."""
+        config = self.config
+        if samples:
+            costs = training_costs(self.arch, samples, config.freeze, adapters=config.lora_rank is not None)
+        else:
+            costs = Costs.from_flops(self.arch)
+        return Partition.balanced(costs, stages * config.chunks_per_stage)
 
     def state(self, steps_done: int) -> TrainState:
         """What a checkpoint after so many steps says besides tensors."""

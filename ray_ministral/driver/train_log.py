@@ -26,7 +26,7 @@ from ray_ministral.training.samples import SkippedRow
 if TYPE_CHECKING:
     from ray_ministral.driver.eval_captions import EvalCaption
     from ray_ministral.driver.evaluation import EvalResult
-    from ray_ministral.driver.trainer import StepResult
+    from ray_ministral.driver.train_result import StepResult
 
 
 class TrainLog:
@@ -83,12 +83,10 @@ class TrainLog:
 
     def step(self, result: StepResult, skipped: Sequence[SkippedRow]) -> None:
         """Write a step down, and the rows that it would have had."""
-        from ray_ministral.driver.trainer import as_line
-
         self._last = result
         self._tokens += result.tokens
         self._seconds += result.seconds
-        _append(self._metrics, [as_line(result)])
+        _append(self._metrics, [result.as_line()])
         self.skipped_rows += len(skipped)
         self._list_skipped(result.step, skipped)
         self._events.scalars(

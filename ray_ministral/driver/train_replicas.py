@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+from ray_ministral.config import StageSpec
 from ray_ministral.driver.cluster import Resolved, resolve
 from ray_ministral.driver.pipeline import Announce, Pipeline
 from ray_ministral.driver.train_job import TrainJob
@@ -16,11 +18,13 @@ SHRINK_AFTER_S = 30.0
 """How long a number of stages may wait for room before a smaller one is tried, where `--min-stages` allows it."""
 
 
-def start_replicas(job: TrainJob, actor_class: Any, generation: int, announce: Announce) -> list[Pipeline]:
+def start_replicas(
+    job: TrainJob, actor_class: Any, generation: int, announce: Announce
+) -> tuple[list[Pipeline], Resolved]:
     """Start all replicas alike, with `--stages` stages, or with fewer down to `--min-stages` where there is no room.
 
-    The caller waits for them and closes them. Raises `PlacementError` where there is no room for the fewest, either;
-    `ConfigError` for a device that the cluster lacks.
+    The caller lets them load, waits for them and closes them. Raises `PlacementError` where there is no room for the
+    fewest, either; `ConfigError` for a device that the cluster lacks.
     """
     config, fewest = job.config.pipeline, job.config.fewest_stages
     # A GPU for each of fewer stages is better than none.
@@ -35,7 +39,7 @@ def start_replicas(job: TrainJob, actor_class: Any, generation: int, announce: A
                     pipeline = Pipeline.start(
                         f"replica {replica}",
                         actor_class=actor_class,
-                        arguments=_stage_arguments(job, stages, replica, resolved),
+                        num_stages=stages,
                         config=patience,
                         resolved=resolved,
                         announce=announce,
@@ -49,13 +53,15 @@ def start_replicas(job: TrainJob, actor_class: Any, generation: int, announce: A
                 announce(f"{error}; trying {stages - 1} stages, as --min-stages {fewest} allows")
             else:
                 started.pop_all()
-                return replicas
+                return replicas, resolved
     raise AssertionError("the last try returns or raises")
 
 
-def _stage_arguments(job: TrainJob, stages: int, replica: int, resolved: Resolved) -> list[tuple[TrainStageOptions]]:
-    """What the actor of each stage is made with."""
-    config, chunks = job.config, job.chunks(stages).stages
+def stage_arguments(
+    job: TrainJob, chunks: Sequence[StageSpec], stages: int, replica: int, resolved: Resolved
+) -> list[tuple[TrainStageOptions]]:
+    """What the actor of each stage loads: chunk c belongs to stage c modulo `stages`."""
+    config = job.config
     return [
         (
             TrainStageOptions(

@@ -6,84 +6,50 @@ activation or a gradient.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from ray_ministral.config import TrainConfig
 from ray_ministral.data.row_reader import RowPlace
+from ray_ministral.driver.calls import Calls
 from ray_ministral.driver.cluster import connected
 from ray_ministral.driver.eval_captions import EvalCaptioner
 from ray_ministral.driver.evaluation import Evaluator
-from ray_ministral.driver.pipeline import describe_error, root_cause
 from ray_ministral.driver.sample_actor import start_sample_actor
+from ray_ministral.driver.trace import Trace
 from ray_ministral.driver.train_actor import train_actor_class
 from ray_ministral.driver.train_job import TrainJob
 from ray_ministral.driver.train_log import TrainLog
-from ray_ministral.driver.train_replicas import start_replicas
+from ray_ministral.driver.train_replicas import stage_arguments, start_replicas
+from ray_ministral.driver.train_result import StepResult, TrainSummary
 from ray_ministral.driver.train_resume import CHECKPOINTS
-from ray_ministral.errors import ClusterError, RayMinistralError, StageDiedError
+from ray_ministral.driver.train_saver import Saver
+from ray_ministral.errors import InputError
 from ray_ministral.pipeline.generators import make_schedule
 from ray_ministral.pipeline.schedule import Schedule
 from ray_ministral.training.checkpoint import (
     MODEL,
     checkpoint_name,
-    prune,
     publish_model,
     remove_attempts,
-    temporary_folder,
 )
 from ray_ministral.training.packing import build_microbatches, num_microbatches
 from ray_ministral.training.plan import StageReport, TrainMicrobatch, TrainPlan
 from ray_ministral.training.rates import clip_scale, global_norm
 from ray_ministral.training.samples import PreparedSamples
+from ray_ministral.training.targets import TrainSample
 
 logger = logging.getLogger(__name__)
 
 STEPS_AHEAD = 2
 """Steps whose samples are prepared before they are needed."""
-
-
-@dataclass(frozen=True)
-class TrainSummary:
-    """What a training job did."""
-
-    steps: int
-    first_step: int
-    loss: float | None
-    seconds: float
-    tokens_per_second: float
-    skipped_rows: int
-    output: str
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One line of `metrics.jsonl`. `step` counts from 1; `loss` is the mean over the step's targets."""
-
-    step: int
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    tokens: int
-    seconds: float
-    stages: int
-    generation: int
-    busy: tuple[float, ...]
-
-    @property
-    def bubble(self) -> float:
-        """The share of the step's time, over all stages, in which a stage did not compute."""
-        return 1 - sum(self.busy) / (len(self.busy) * self.seconds) if self.seconds else 0.0
 
 
 def train(config: TrainConfig, *, train_actor: Any = None) -> TrainSummary:
@@ -110,23 +76,29 @@ class Trainer:
         started = time.monotonic()
         with ExitStack() as stack:
             self._log = log = stack.enter_context(TrainLog(job.output, job.total_steps, job.first_step))
+            self._trace = stack.enter_context(Trace(job.trace))
             stack.enter_context(connected(self.config.address, self.config.pipeline))
             self._ahead: deque[tuple[int, Any, Any]] = deque()
             self._start(stack)
             self._evaluate_first()
             for step in range(job.first_step, job.total_steps):
                 begun = time.monotonic()
-                prepared, pixels = self._samples(step)
+                with self._trace.driver("samples", step=step + 1):
+                    prepared, pixels = self._samples(step)
                 microbatches = self._pack(prepared)
-                reports = self._compute(step, microbatches, pixels)
-                norm, rate = self._commit(step, reports)
+                with self._trace.driver("compute", step=step + 1):
+                    reports = self._compute(step, microbatches, pixels)
+                with self._trace.driver("commit", step=step + 1):
+                    norm, rate = self._commit(step, microbatches, reports)
                 seconds = time.monotonic() - begun
                 log.step(self._result(step, microbatches, reports, norm, rate, seconds), prepared.skipped)
+                self._saver.poll()
                 # Before the checkpoint: a run that goes on from it needs no evaluation of it.
                 if self._evaluation_is_due(step + 1):
                     self._evaluate(step + 1)
                 if self._checkpoint_is_due(step + 1):
-                    self._save(step + 1)
+                    with self._trace.driver("checkpoint", step=step + 1):
+                        self._saver.begin(step + 1)
                     log.draw()
             self._finish()
         return TrainSummary(
@@ -147,34 +119,40 @@ class Trainer:
         self._sampler = start_sample_actor(job.sample_options)
         stack.callback(ray.kill, self._sampler)
         self._fill()
-        self._replicas = start_replicas(
+        self._replicas, resolved = start_replicas(
             job, self._actor_class or train_actor_class(), self._generation, self._log.message
         )
         for pipeline in self._replicas:
             stack.callback(pipeline.close)
         self._stages = self._replicas[0].num_stages
+        self._calls = Calls(self._replicas, self._sampler, config.step_timeout_s)
+        partition = job.chunks(self._stages, self._first_samples())
+        self._log.message(f"decoder layers of each chunk: {', '.join(map(str, partition.layers_per_stage))}")
+        for replica, pipeline in enumerate(self._replicas):
+            pipeline.load(stage_arguments(job, partition.stages, self._stages, replica, resolved))
         for pipeline in self._replicas:
             pipeline.wait_ready(config.start_timeout_s, self._log.message)
         self._connect()
         remove_attempts(job.output / CHECKPOINTS)
         if job.resume_from is not None:
-            self._all("restore", str(job.resume_from))
+            self._calls.everywhere("restore", str(job.resume_from))
+        self._saver = Saver(job, job.output / CHECKPOINTS, self._replicas[0], self._calls.get)
         self._trainable = self._trainable_chunks()
         self._schedule = lru_cache(maxsize=8)(self._make_schedule)
         self._evaluator = self._captioner = None
         if job.eval_rows is not None:
-            self._evaluator = Evaluator(job, job.eval_rows, self._replicas, self._prepare, self._get)
-            self._captioner = EvalCaptioner(job, job.eval_rows, self._replicas[0], self._prepare, self._get)
+            self._evaluator = Evaluator(job, job.eval_rows, self._replicas, self._prepare, self._calls.get)
+            self._captioner = EvalCaptioner(job, job.eval_rows, self._replicas[0], self._prepare, self._calls.get)
 
     def _connect(self) -> None:
         """All stages of all replicas meet at the store of the very first one."""
-        address = self._get([self._replicas[0].actors[0].serve_store.remote()])[0]
-        self._all("join", self._generation, address)
+        address = self._calls.get([self._replicas[0].actors[0].serve_store.remote()])[0]
+        self._calls.everywhere("join", self._generation, address)
 
     def _trainable_chunks(self) -> tuple[bool, ...]:
         found = {
             number: trains
-            for held in self._get([actor.trainable.remote() for actor in self._replicas[0].actors])
+            for held in self._calls.get([actor.trainable.remote() for actor in self._replicas[0].actors])
             for number, trains in held.items()
         }
         return tuple(found[number] for number in range(len(found)))
@@ -216,9 +194,23 @@ class Trainer:
         self._fill()
         number, reference, pixels = self._ahead.popleft()
         assert number == step, f"samples of step {number}, wanted those of step {step}"
-        prepared: PreparedSamples = self._get([reference])[0]
+        prepared: PreparedSamples = self._calls.get([reference])[0]
         self._fill()
         return prepared, pixels
+
+    def _first_samples(self) -> list[TrainSample]:
+        """Samples of the first step, to see what each layer costs. Raises `InputError` where none can be used."""
+        if not self._ahead:
+            return []
+        prepared: PreparedSamples = self._calls.get([self._ahead[0][1]])[0]
+        samples = [sample for sample in prepared.samples if sample is not None]
+        if not samples:
+            row = prepared.skipped[0]
+            raise InputError(
+                f"none of the first {len(prepared.skipped)} rows of --train can be used; row {row.row} of row group "
+                f"{row.row_group} of {row.file}: {row.failure.error}"
+            )
+        return samples
 
     def _pack(self, prepared: PreparedSamples) -> list[tuple[TrainMicrobatch, ...]]:
         """The microbatches of each replica, in order, as even in number as can be."""
@@ -239,15 +231,22 @@ class Trainer:
             for stage, actor in enumerate(pipeline.actors):
                 plan = TrainPlan(step, self._generation, own, actions[stage], total)
                 references.append(actor.compute.remote(plan, *([pixels] if stage == 0 else [])))
-        reports: list[StageReport] = self._get(references)
+        reports: list[StageReport] = self._calls.get(references)
+        for number, report in enumerate(reports):
+            self._trace.compute(*divmod(number, self._stages), step + 1, report)
         return reports
 
-    def _commit(self, step: int, reports: list[StageReport]) -> tuple[float, float]:
-        """Phase two; the norm before clipping, and the learning rate."""
+    def _commit(
+        self, step: int, microbatches: list[tuple[TrainMicrobatch, ...]], reports: list[StageReport]
+    ) -> tuple[float, float]:
+        """Phase two; the norm before clipping, and the learning rate. Without a target there is nothing to learn."""
         # Twins have the same gradients after their all-reduce: those of the first replica count.
         norms = {name: norm for report in reports[: self._stages] for name, norm in report.squared_norms.items()}
         norm, rate = global_norm(norms), self._job.learning_rate.at(step)
-        self._all("commit", clip_scale(norm, self.config.optimizer.clip_norm), rate)
+        if any(microbatch.num_targets for own in microbatches for microbatch in own):
+            times = self._calls.everywhere("commit", clip_scale(norm, self.config.optimizer.clip_norm), rate)
+            for number, (started, seconds) in enumerate(times):
+                self._trace.commit(*divmod(number, self._stages), step + 1, started, seconds)
         return norm, rate
 
     def _result(
@@ -290,8 +289,9 @@ class Trainer:
     def _evaluate(self, done: int) -> None:
         """Loss and captions after `done` steps, where there is something to evaluate on."""
         if self._evaluator is not None and self._captioner is not None:
-            result, skipped = self._evaluator.loss(done)
-            self._log.evaluation(result, skipped, self._captioner.captions(done))
+            with self._trace.driver("evaluation", step=done):
+                result, skipped = self._evaluator.loss(done)
+                self._log.evaluation(result, skipped, self._captioner.captions(done))
 
     # Saving
 
@@ -299,71 +299,15 @@ class Trainer:
         every = self.config.checkpoint_every
         return done == self._job.total_steps or (every is not None and done % every == 0)
 
-    def _save(self, done: int) -> None:
-        """A checkpoint of the first replica after `done` steps, committed whole."""
-        folder = self._job.output / CHECKPOINTS
-        temporary = str(temporary_folder(folder, done, self._generation))
-        actors = self._replicas[0].actors
-        parts = self._get([actor.save.remote(temporary) for actor in actors])
-        self._get([actors[0].commit_checkpoint.remote(temporary, parts, self._job.state(done))])
-        prune(folder, self.config.keep_checkpoints)
-
     def _finish(self) -> None:
         """The last checkpoint's model becomes `final/`, under `--merge-lora` a whole one."""
         done = self._job.output / CHECKPOINTS / checkpoint_name(self._job.total_steps)
+        self._saver.finish()
         if not done.exists():  # resumed from a checkpoint of elsewhere, with nothing left to do
-            self._save(self._job.total_steps)
+            self._saver.begin(self._job.total_steps)
+            self._saver.finish()
         final = self._job.output / "final"
         if self.config.merge_lora:
-            self._get([self._replicas[0].actors[0].merge.remote(str(done / MODEL), str(final))])
+            self._calls.get([self._replicas[0].actors[0].merge.remote(str(done / MODEL), str(final))])
         else:
             publish_model(done, final)
-
-    # Calls
-
-    def _all(self, method: str, *arguments: Any) -> list[Any]:
-        """The same call to every stage of every replica, at once."""
-        actors = [actor for pipeline in self._replicas for actor in pipeline.actors]
-        return self._get([getattr(actor, method).remote(*arguments) for actor in actors])
-
-    def _get(self, references: list[Any]) -> list[Any]:
-        """Results of calls, within the step's deadline; one error with its root cause where any of them failed."""
-        deadline = time.monotonic() + self.config.pipeline.step_timeout_s
-        pending = list(references)
-        while pending:
-            done, pending = ray.wait(pending, num_returns=1, timeout=5.0)
-            for reference in done:
-                self._raise_failure(reference)
-            if pending and time.monotonic() > deadline:
-                stuck = [f"stage {i} of {p.name}" for p in self._replicas for i in p.unresponsive()]
-                raise StageDiedError(
-                    f"{len(pending)} calls have not come back for {self.config.pipeline.step_timeout_s:.0f} s; not "
-                    f"answering: {', '.join(stuck) or 'none'}. Raise step_timeout_s if a step can take so long"
-                )
-        results: list[Any] = ray.get(references)
-        return results
-
-    def _raise_failure(self, reference: Any) -> None:
-        try:
-            ray.get(reference)
-        except RayTaskError as error:
-            cause = root_cause(error)
-            if isinstance(cause, RayMinistralError):
-                raise cause from None
-            raise ClusterError(f"a step failed: {describe_error(error)}") from error
-        except RayActorError as error:
-            if self._sampler._actor_id.hex() == error.actor_id:
-                raise ClusterError(f"the actor that prepares samples died: {describe_error(error)}") from error
-            for pipeline in self._replicas:
-                if any(actor._actor_id.hex() == error.actor_id for actor in pipeline.actors):
-                    raise pipeline.death(error) from error
-            raise StageDiedError(f"a stage died: {describe_error(error)}") from error
-        except RayError as error:
-            raise ClusterError(f"a step was lost: {describe_error(error)}") from error
-
-
-def as_line(result: StepResult) -> str:
-    """One line of `metrics.jsonl`; numbers with all their digits."""
-    values = asdict(result)
-    del values["busy"]
-    return json.dumps(values)

@@ -26,6 +26,9 @@ from ray_ministral.training.stage import TrainStage
 WRITER_NICENESS = 10
 """Of the writing thread: training goes first where both want a core."""
 
+SNAPSHOT_MARGIN = 2.0
+"""So many times its size must be free before a snapshot is taken: other stages on the machine take one, too."""
+
 
 @dataclass(frozen=True, eq=False)
 class TensorFile:
@@ -65,6 +68,14 @@ class BackgroundWriter:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "checkpoint", initializer=_give_way)
 
+    def save(self, stage: TrainStage, folder: Path) -> Future[StagePart]:
+        """Write a stage as it is now: beside what it does next if there is memory for a copy, else before that."""
+        if process_room() > SNAPSHOT_MARGIN * _snapshot_bytes(stage):
+            return self.submit(snapshot(stage), folder)
+        done: Future[StagePart] = Future()
+        done.set_result(save_stage(stage, folder))
+        return done
+
     def submit(self, taken: StageSnapshot, folder: Path) -> Future[StagePart]:
         """The future gives the part, or raises OSError. It holds the snapshot's memory until it is done."""
         return self._pool.submit(write_snapshot, taken, folder)
@@ -72,6 +83,19 @@ class BackgroundWriter:
     def close(self) -> None:
         """Wait until what was submitted is written."""
         self._pool.shutdown()
+
+
+def process_room() -> int:
+    """Bytes of memory that this machine has to spare."""
+    import psutil  # type: ignore[import-untyped]
+
+    return int(psutil.virtual_memory().available)
+
+
+def _snapshot_bytes(stage: TrainStage) -> int:
+    """Weights, masters and two moments, at most."""
+    parameters = [parameter for chunk in stage.chunks.values() for parameter in chunk.parameters()]
+    return sum(p.nbytes + (12 * p.numel() if p.requires_grad else 0) for p in parameters)
 
 
 def _give_way() -> None:

@@ -17,6 +17,7 @@ import ray
 
 from ray_ministral import caption
 from ray_ministral.captioning import prepare as prepare_module
+from ray_ministral.config import StageOptions
 from ray_ministral.driver import pipeline as pipeline_module
 from ray_ministral.driver import tasks
 from ray_ministral.driver.stage_actor import HEALTH, StageActor
@@ -42,17 +43,14 @@ def striking(pid_file: Path, *, stage: int, at: str, strike: Callable[[], None])
             pid_file.write_text(str(os.getpid()))
             strike()
 
-        def _is_the_one(self) -> bool:
-            spec = self._arguments[0].spec
-            return bool(spec.is_first) if stage == 0 else bool(spec.is_last)
-
-        def load(self) -> Any:
-            if at == "load" and self._is_the_one():
+        def load(self, options: StageOptions, *others: Any) -> Any:
+            self._is_the_one = options.spec.is_first if stage == 0 else options.spec.is_last
+            if at == "load" and self._is_the_one:
                 self._strike()
-            return super().load()
+            return super().load(options, *others)
 
         def step(self, plan: Any, hidden: Any, *blocks: Any) -> Any:
-            if at == "step" and self._is_the_one() and plan.step >= 3:
+            if at == "step" and self._is_the_one and plan.step >= 3:
                 self._strike()
             return super().step(plan, hidden, *blocks)
 
@@ -127,9 +125,13 @@ def poisoned(places: set[tuple[int, ...]], *, fuse: Path | None = None) -> Any:
     """
 
     class Poisoned(StageActor):
+        def load(self, options: StageOptions, *others: Any) -> Any:
+            self._is_last = options.spec.is_last
+            return super().load(options, *others)
+
         def step(self, plan: Any, hidden: Any, *blocks: Any) -> Any:
             lengths = {piece.length for piece in plan.prefills}
-            if self._arguments[0].spec.is_last and lengths & places and (fuse is None or fuse.exists()):
+            if self._is_last and lengths & places and (fuse is None or fuse.exists()):
                 raise FloatingPointError("these tokens taste bad")
             return super().step(plan, hidden, *blocks)
 

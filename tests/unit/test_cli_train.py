@@ -8,7 +8,7 @@ import pytest
 
 from jobs import train as cli
 from ray_ministral.config import EvalConfig, OptimizerConfig, PipelineConfig, SampleConfig, TrainConfig
-from ray_ministral.driver.trainer import TrainSummary
+from ray_ministral.driver.train_result import TrainSummary
 from ray_ministral.errors import InputError, RayMinistralError, StageDiedError
 
 NEEDED = ["--model", "m", "--train", "in.parquet", "--output", "out", "--response-column", "caption"]

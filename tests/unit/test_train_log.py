@@ -16,7 +16,7 @@ from ray_ministral.driver.evaluation import EvalResult
 from ray_ministral.driver.loss_plot import draw_losses, smooth
 from ray_ministral.driver.train_events import EventWriter, masked_crc
 from ray_ministral.driver.train_log import TrainLog
-from ray_ministral.driver.trainer import StepResult
+from ray_ministral.driver.train_result import StepResult
 from ray_ministral.training.samples import SkippedRow
 from tests.unit.test_progress import Terminal
 
