@@ -22,9 +22,13 @@ class Calls:
         self._replicas, self._sampler, self._timeout_s = replicas, sampler, timeout_s
 
     def everywhere(self, method: str, *arguments: Any) -> list[Any]:
-        """The same call to every stage of every replica, at once."""
+        """The same call to every stage of every replica, at once; the results, replica by replica."""
+        return self.get(self.start(method, *arguments))
+
+    def start(self, method: str, *arguments: Any) -> list[Any]:
+        """As `everywhere`, but references."""
         actors = [actor for pipeline in self._replicas for actor in pipeline.actors]
-        return self.get([getattr(actor, method).remote(*arguments) for actor in actors])
+        return [getattr(actor, method).remote(*arguments) for actor in actors]
 
     def get(self, references: list[Any]) -> list[Any]:
         """Results, in order. One error with its root cause where any call failed, `StageDiedError` at the deadline."""

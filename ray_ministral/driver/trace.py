@@ -56,7 +56,8 @@ class Trace:
             name = f"{action.kind.value} {action.microbatch}"
             self._event(replica + 1, stage, name, report.started + span.start, span.end - span.start, values)
         last = report.spans[-1].end if report.spans else 0.0
-        self._event(replica + 1, stage, "sums and norms", report.started + last, report.seconds - last, {"step": step})
+        values = {"step": step, "peak_rss_bytes": report.peak_rss_bytes}
+        self._event(replica + 1, stage, "sums and norms", report.started + last, report.seconds - last, values)
 
     def commit(self, replica: int, stage: int, step: int, started: float, seconds: float) -> None:
         """A stage's optimizer step."""

@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import lru_cache
 from typing import Any
 
 import ray
@@ -32,14 +31,13 @@ from ray_ministral.driver.train_result import StepResult, TrainSummary
 from ray_ministral.driver.train_resume import CHECKPOINTS
 from ray_ministral.driver.train_saver import Saver
 from ray_ministral.errors import InputError
-from ray_ministral.pipeline.generators import make_schedule
-from ray_ministral.pipeline.schedule import Schedule
 from ray_ministral.training.checkpoint import (
     MODEL,
     checkpoint_name,
     publish_model,
     remove_attempts,
 )
+from ray_ministral.training.durations import ScheduleMaker
 from ray_ministral.training.packing import build_microbatches, num_microbatches
 from ray_ministral.training.plan import StageReport, TrainMicrobatch, TrainPlan
 from ray_ministral.training.rates import clip_scale, global_norm
@@ -79,6 +77,7 @@ class Trainer:
             self._trace = stack.enter_context(Trace(job.trace))
             stack.enter_context(connected(self.config.address, self.config.pipeline))
             self._ahead: deque[tuple[int, Any, Any]] = deque()
+            self._committing: tuple[int, list[Any]] = (0, [])
             self._start(stack)
             self._evaluate_first()
             for step in range(job.first_step, job.total_steps):
@@ -93,6 +92,8 @@ class Trainer:
                 seconds = time.monotonic() - begun
                 log.step(self._result(step, microbatches, reports, norm, rate, seconds), prepared.skipped)
                 self._saver.poll()
+                if self._evaluation_is_due(step + 1) or self._checkpoint_is_due(step + 1):
+                    self._settle()
                 # Before the checkpoint: a run that goes on from it needs no evaluation of it.
                 if self._evaluation_is_due(step + 1):
                     self._evaluate(step + 1)
@@ -137,8 +138,7 @@ class Trainer:
         if job.resume_from is not None:
             self._calls.everywhere("restore", str(job.resume_from))
         self._saver = Saver(job, job.output / CHECKPOINTS, self._replicas[0], self._calls.get)
-        self._trainable = self._trainable_chunks()
-        self._schedule = lru_cache(maxsize=8)(self._make_schedule)
+        self._schedules = ScheduleMaker(self.config.schedule, self._stages, self._trainable_chunks())
         self._evaluator = self._captioner = None
         if job.eval_rows is not None:
             self._evaluator = Evaluator(job, job.eval_rows, self._replicas, self._prepare, self._calls.get)
@@ -156,18 +156,6 @@ class Trainer:
             for number, trains in held.items()
         }
         return tuple(found[number] for number in range(len(found)))
-
-    def _make_schedule(self, microbatches: int) -> Schedule:
-        first = self._trainable.index(True)
-        frozen = [chunk for chunk, trains in enumerate(self._trainable) if not trains and chunk > first]
-        return make_schedule(
-            self.config.schedule,
-            self._stages,
-            microbatches,
-            self.config.chunks_per_stage,
-            first_trainable_chunk=first,
-            frozen_chunks=frozen,
-        )
 
     # A step
 
@@ -227,11 +215,13 @@ class Trainer:
         total = max(1, sum(microbatch.num_targets for own in microbatches for microbatch in own))
         references = []
         for pipeline, own in zip(self._replicas, microbatches, strict=True):
-            actions = self._schedule(len(own)).actions if own else ((),) * pipeline.num_stages
+            actions = self._schedules.schedule(len(own)).actions if own else ((),) * pipeline.num_stages
             for stage, actor in enumerate(pipeline.actors):
                 plan = TrainPlan(step, self._generation, own, actions[stage], total)
                 references.append(actor.compute.remote(plan, *([pixels] if stage == 0 else [])))
+        self._settle()
         reports: list[StageReport] = self._calls.get(references)
+        self._schedules.observe([report.spans for report in reports[: self._stages]])
         for number, report in enumerate(reports):
             self._trace.compute(*divmod(number, self._stages), step + 1, report)
         return reports
@@ -239,15 +229,28 @@ class Trainer:
     def _commit(
         self, step: int, microbatches: list[tuple[TrainMicrobatch, ...]], reports: list[StageReport]
     ) -> tuple[float, float]:
-        """Phase two; the norm before clipping, and the learning rate. Without a target there is nothing to learn."""
+        """Phase two goes out to all stages; `_settle` waits for it. The norm before clipping, and the learning rate.
+
+        A step without a target changes nothing.
+        """
         # Twins have the same gradients after their all-reduce: those of the first replica count.
         norms = {name: norm for report in reports[: self._stages] for name, norm in report.squared_norms.items()}
         norm, rate = global_norm(norms), self._job.learning_rate.at(step)
         if any(microbatch.num_targets for own in microbatches for microbatch in own):
-            times = self._calls.everywhere("commit", clip_scale(norm, self.config.optimizer.clip_norm), rate)
-            for number, (started, seconds) in enumerate(times):
-                self._trace.commit(*divmod(number, self._stages), step + 1, started, seconds)
+            scale = clip_scale(norm, self.config.optimizer.clip_norm)
+            self._committing = step, self._calls.start("commit", scale, rate)
         return norm, rate
+
+    def _settle(self) -> None:
+        """Wait until the step that was committed last is over on all stages.
+
+        The next step's compute is on its way by then: a stage does one thing after the other, and the driver's own work
+        is hidden.
+        """
+        step, references = self._committing
+        self._committing = step, []
+        for number, (started, seconds) in enumerate(self._calls.get(references)):
+            self._trace.commit(*divmod(number, self._stages), step + 1, started, seconds)
 
     def _result(
         self,

@@ -86,7 +86,7 @@ class StageReport:
     losses: on the last stage, the sum of token losses of each microbatch (fp32, not divided). squared_norms: of each
     parameter's gradient, by the global Hugging Face name (names, for a fused one). started: seconds since the epoch,
     by this stage's clock. spans: each action, in seconds since then; RECV is the waiting alone. seconds: of the whole
-    phase, with what follows the actions (tied embedding, replicas, norms).
+    phase, with what follows the actions (tied embedding, replicas, norms). peak_rss_bytes: of the process so far.
     """
 
     losses: tuple[float, ...]
@@ -94,6 +94,7 @@ class StageReport:
     started: float
     seconds: float
     spans: tuple[Span, ...]
+    peak_rss_bytes: int
 
     @property
     def busy_seconds(self) -> float:

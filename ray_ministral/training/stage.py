@@ -25,6 +25,7 @@ from ray_ministral.model.weights import all_slots, parameter_names
 from ray_ministral.pipeline.pixels import PixelTable
 from ray_ministral.pipeline.schedule import Action, Kind
 from ray_ministral.pipeline.simulator import Span
+from ray_ministral.pipeline.stage import process_memory
 from ray_ministral.pipeline.transport import Transport, Twins
 from ray_ministral.training.mailbox import TIED_TAG, Mailbox
 from ray_ministral.training.optimizer import AdamW
@@ -106,7 +107,8 @@ class TrainStage:
                 self._twins.add_up(parameter.main_grad)  # type: ignore[attr-defined]
         self._share_tied_gradient()
         norms = self._squared_norms()
-        return StageReport(losses, norms, started, time.perf_counter() - begun, spans)
+        peak = process_memory()["peak_rss"]
+        return StageReport(losses, norms, started, time.perf_counter() - begun, spans, peak)
 
     def evaluate(self, plan: TrainPlan, *blocks: Pixels) -> tuple[float, ...]:
         """Run actions that are forward alone: `StageReport.losses`. Weights, gradients and moments stay as they are."""
