@@ -10,7 +10,7 @@ CAPTION_OUTPUT := out/caption
 TRAIN_OUTPUT := out/train
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lock caption train test test-all check format bench bench-load clean
+.PHONY: help venv lock caption train test test-all check format bench bench-load bench-train clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,10 +65,13 @@ format: venv  ## sort imports and format
 	$(BIN)/ruff check --select I --fix .
 	$(BIN)/ruff format .
 
-bench: bench-load  ## run every benchmark
+bench: bench-load bench-train  ## run every benchmark
 
 bench-load: venv  ## load the 3B shape in two stages: time and peak memory of each
 	$(BIN)/python benchmarks/load.py
+
+bench-train: venv  ## train on two stages against torch's pipelining and a Hugging Face loop
+	$(BIN)/python benchmarks/train.py
 
 clean:  ## remove output, builds and caches, not the environment
 	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
