@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 CAPTION_OUTPUT := out/caption
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lock caption test test-all check format bench bench-load clean
+.PHONY: help venv lock caption model test test-all check format bench bench-load clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ caption: venv  ## the quick start: caption the bundled pictures with a small mod
 	$(BIN)/python jobs/caption.py --model examples/model --input examples/pictures.parquet \
 		--output $(CAPTION_OUTPUT) --stages 2 --address local
 	$(BIN)/python examples/show.py $(CAPTION_OUTPUT)
+
+model: venv  ## make the quick start's small model anew: pictures, training, measurement (over an hour)
+	$(BIN)/python examples/make_model.py --output examples/model
 
 test: venv  ## run the tests, but those marked slow
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
