@@ -7,9 +7,10 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CAPTION_OUTPUT := out/caption
+TRAIN_OUTPUT := out/train
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lock caption model test test-all check format bench bench-load clean
+.PHONY: help venv lock caption train model test test-all check format bench bench-load clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +40,15 @@ caption: venv  ## the quick start: caption the bundled pictures with a small mod
 	$(BIN)/python jobs/caption.py --model examples/model --input examples/pictures.parquet \
 		--output $(CAPTION_OUTPUT) --stages 2 --address local
 	$(BIN)/python examples/show.py $(CAPTION_OUTPUT)
+
+train: venv  ## fine-tune the small model to say its captions in another manner; shows them before and after
+	rm -rf $(TRAIN_OUTPUT)
+	$(BIN)/python examples/make_reworded.py $(TRAIN_OUTPUT)
+	$(BIN)/python jobs/train.py --model examples/model --train $(TRAIN_OUTPUT)/train.parquet \
+		--eval $(TRAIN_OUTPUT)/eval.parquet --output $(TRAIN_OUTPUT)/run --response-column response --stages 2 \
+		--steps 60 --global-batch-size 16 --microbatch-size 4 --learning-rate 1e-3 --warmup-steps 10 \
+		--lr-schedule cosine --address local
+	$(BIN)/python examples/show_training.py $(TRAIN_OUTPUT)/run
 
 model: venv  ## make the quick start's small model anew: pictures, training, measurement (over an hour)
 	$(BIN)/python examples/make_model.py --output examples/model

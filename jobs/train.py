@@ -21,6 +21,8 @@ import click  # noqa: E402
 from jobs.command import let_local_workers_import_us, log_to_stderr, run_command  # noqa: E402
 from ray_ministral import __version__  # noqa: E402
 from ray_ministral.config import (  # noqa: E402
+    DEFAULT_PROMPT,
+    EvalConfig,
     Freezable,
     LearningRateName,
     OptimizerConfig,
@@ -61,12 +63,38 @@ def main(arguments: Sequence[str] | None = None, *, engine: Callable[[], Run] = 
 @click.option(
     "--train", required=True, multiple=True, metavar="PATH", help="Parquet file, folder, glob or URI. May be repeated."
 )
+@click.option("--eval", metavar="PATH", help="Rows to evaluate on, with the same columns: loss and some captions.")
+@click.option("--eval-every", type=int, metavar="N", help="Steps.  [default: with each checkpoint]")
+@click.option("--eval-limit", type=int, metavar="N", help="Rows for the loss.  [default: all]")
+@click.option(
+    "--eval-captions", type=int, metavar="N", default=EvalConfig.captions, help="The first so many whole rows; 0: none."
+)
+@click.option(
+    "--eval-max-new-tokens", type=int, metavar="N", default=EvalConfig.max_new_tokens, help="Longest such caption."
+)
 @click.option("--output", required=True, metavar="DIR", help="Folder for metrics, checkpoints and the final model.")
 @click.option("--image-column", metavar="NAME", default=SampleConfig.image_column, help="As in jobs/caption.py.")
-@click.option("--prompt-column", metavar="NAME", help="Column of questions.  [default: one prompt for all]")
+@click.option(
+    "--prompt", metavar="TEXT", help=f"Template; {{column}} takes the row's value.  [default: {DEFAULT_PROMPT}]"
+)
+@click.option("--prompt-column", metavar="NAME", help="Column with a whole prompt per row, instead of --prompt.")
+@click.option("--system-prompt", metavar="TEXT", help="System message of every row that brings none.")
 @click.option("--response-column", metavar="NAME", help="Column of answers: what is learnt.")
 @click.option("--messages-column", metavar="NAME", help="Column of whole conversations, instead of the two.")
 @click.option("--stages", type=int, metavar="N", default=PipelineConfig.stages, help="Stages to cut the model into.")
+@click.option(
+    "--min-stages",
+    type=int,
+    metavar="N",
+    help="Begin with as few as this where the cluster has no room for --stages.  [default: --stages]",
+)
+@click.option(
+    "--max-stages",
+    type=int,
+    metavar="N",
+    help="Checked, and kept for runs that grow: so far the number of stages stays as it was at the start."
+    "  [default: --stages]",
+)
 @click.option("--replicas", type=int, metavar="N", default=PipelineConfig.replicas, help="Copies of the pipeline.")
 @click.option("--threads-per-stage", type=int, metavar="N", help="CPU threads of a stage.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default=PipelineConfig.device, help="Device.")
@@ -114,7 +142,9 @@ def main(arguments: Sequence[str] | None = None, *, engine: Callable[[], Run] = 
     default=OptimizerConfig.weight_decay,
     help="Not on norms and biases.",
 )
-@click.option("--clip-norm", type=float, metavar="X", default=OptimizerConfig.clip_norm, help="Of all gradients.")
+@click.option(
+    "--clip-norm", type=float, metavar="X", default=OptimizerConfig.clip_norm, help="Of all gradients; inf: none."
+)
 @click.option("--adam-beta1", type=float, metavar="X", default=OptimizerConfig.adam_beta1, help="AdamW.")
 @click.option("--adam-beta2", type=float, metavar="X", default=OptimizerConfig.adam_beta2, help="AdamW.")
 @click.option("--adam-eps", type=float, metavar="X", default=OptimizerConfig.adam_eps, help="AdamW.")
@@ -122,6 +152,9 @@ def main(arguments: Sequence[str] | None = None, *, engine: Callable[[], Run] = 
     "--freeze", type=click.Choice(get_args(Freezable)), multiple=True, help="Part not to train. May be repeated."
 )
 @click.option("--lora-rank", type=int, metavar="N", help="Train adapters of this rank instead of the weights.")
+@click.option("--lora-alpha", type=float, metavar="X", help="Adapters count alpha / rank.  [default: the rank]")
+@click.option("--merge-lora", is_flag=True, help="final/ is a whole model with the adapters merged into it.")
+@click.option("--max-tokens", type=int, metavar="N", default=TrainConfig.max_tokens, help="Longer samples are skipped.")
 @click.option("--recompute", is_flag=True, help="Keep no activations: a third more time, much less memory.")
 @click.option("--checkpoint-every", type=int, metavar="N", help="Steps.  [default: at the end only]")
 @click.option(
@@ -135,10 +168,24 @@ def main(arguments: Sequence[str] | None = None, *, engine: Callable[[], Run] = 
 @click.pass_obj
 def command(engine: Callable[[], Run], /, **options: Any) -> None:
     """Make the config from the options and hand it to the engine."""
+    evaluation = EvalConfig(
+        path=options.pop("eval"),
+        **{name: options.pop(f"eval_{name}") for name in ("every", "limit", "captions", "max_new_tokens")},
+    )
     parts = {
         kind: {name: options.pop(name) for name in names}
         for kind, names in (
-            (SampleConfig, ("image_column", "prompt_column", "response_column", "messages_column")),
+            (
+                SampleConfig,
+                (
+                    "image_column",
+                    "prompt",
+                    "prompt_column",
+                    "system_prompt",
+                    "response_column",
+                    "messages_column",
+                ),
+            ),
             (PipelineConfig, ("stages", "replicas", "threads_per_stage", "device", "dtype")),
             (
                 OptimizerConfig,
@@ -157,6 +204,7 @@ def command(engine: Callable[[], Run], /, **options: Any) -> None:
     }
     config = TrainConfig(
         samples=SampleConfig(**parts[SampleConfig]),
+        eval=evaluation,
         pipeline=PipelineConfig(**parts[PipelineConfig]),
         optimizer=OptimizerConfig(**parts[OptimizerConfig]),
         **options,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ray_ministral.config import CaptionConfig as CaptionConfig
+    from ray_ministral.config import EvalConfig as EvalConfig
     from ray_ministral.config import ImageLimits as ImageLimits
     from ray_ministral.config import OptimizerConfig as OptimizerConfig
     from ray_ministral.config import PipelineConfig as PipelineConfig
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "CaptionConfig": "ray_ministral.config",
     "CaptionSummary": "ray_ministral.driver.summary",
+    "EvalConfig": "ray_ministral.config",
     "ImageLimits": "ray_ministral.config",
     "Ministral3Model": "ray_ministral.model.ministral3",
     "OptimizerConfig": "ray_ministral.config",
@@ -44,6 +46,7 @@ _HOMES = {
 __all__ = [
     "CaptionConfig",
     "CaptionSummary",
+    "EvalConfig",
     "ImageLimits",
     "Ministral3Model",
     "OptimizerConfig",

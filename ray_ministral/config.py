@@ -204,10 +204,16 @@ Freezable = Literal["vision", "projector", "language"]
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Where the pairs to train on are: image, prompt and response columns, or one column of messages."""
+    """Where the pairs to train on are: image, prompt and response columns, or one column of messages.
+
+    `prompt`, `prompt_column` and `system_prompt` are as in `PromptConfig`, so that the same options ask the trained
+    model the same question. A `system_prompt` is also for conversations in `messages_column` that have none.
+    """
 
     image_column: str = "image"
+    prompt: str | None = None
     prompt_column: str | None = None
+    system_prompt: str | None = None
     response_column: str | None = None
     messages_column: str | None = None
 
@@ -217,11 +223,49 @@ class SampleConfig:
                 self.response_column is not None,
                 "--response-column is missing: name the column of answers, or give --messages-column",
             )
+            PromptConfig(prompt=self.prompt, prompt_column=self.prompt_column)  # for its refusal of both
         else:
-            _require(
-                self.prompt_column is None and self.response_column is None,
-                "--messages-column excludes --prompt-column and --response-column: give one or the other",
-            )
+            for option, value in (
+                ("--prompt", self.prompt),
+                ("--prompt-column", self.prompt_column),
+                ("--response-column", self.response_column),
+            ):
+                _require(
+                    value is None,
+                    f"--messages-column excludes {option}: the messages hold questions and answers; give one or the "
+                    "other",
+                )
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is measured on other samples while a model trains. `path` None: nothing.
+
+    It comes before the first step, then every `every` steps (None: whenever a checkpoint is due), and at the end. The
+    loss is over the first `limit` rows (None: all); the first `captions` whole rows are captioned, too, greedily, in at
+    most `max_new_tokens` tokens each.
+    """
+
+    path: str | None = None
+    every: int | None = None
+    limit: int | None = None
+    captions: int = 8
+    max_new_tokens: int = SamplingConfig.max_new_tokens
+
+    def __post_init__(self) -> None:
+        _require(self.path != "", "--eval is empty: give a parquet file, folder, glob or filesystem URI")
+        for option, value in (("--eval-every", self.every), ("--eval-limit", self.limit)):
+            _require(value is None or value >= 1, f"{option} must be at least 1, got {value}: leave it out")
+        _require(self.captions >= 0, f"--eval-captions must not be negative, got {self.captions}: 0 is none")
+        _require(self.max_new_tokens >= 1, f"--eval-max-new-tokens must be at least 1, got {self.max_new_tokens}")
+        if self.path is None:
+            for option, given in (
+                ("--eval-every", self.every is not None),
+                ("--eval-limit", self.limit is not None),
+                ("--eval-captions", self.captions != EvalConfig.captions),
+                ("--eval-max-new-tokens", self.max_new_tokens != EvalConfig.max_new_tokens),
+            ):
+                _require(not given, f"{option} needs --eval: say which rows to evaluate on, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -240,10 +284,13 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _require(0 < self.learning_rate < float("inf"), f"--learning-rate must be positive, got {self.learning_rate}")
         _require(self.warmup_steps >= 0, f"--warmup-steps must not be negative, got {self.warmup_steps}")
-        _require(self.weight_decay >= 0, f"--weight-decay must not be negative, got {self.weight_decay}")
+        _require(
+            0 <= self.weight_decay < float("inf"),
+            f"--weight-decay must be a number that is not negative, got {self.weight_decay}",
+        )
         _require(
             self.clip_norm is None or self.clip_norm > 0,
-            f"--clip-norm must be positive, got {self.clip_norm}: leave it out for no clipping",
+            f"--clip-norm must be positive, got {self.clip_norm}: inf is no clipping",
         )
         for name, beta in (("--adam-beta1", self.adam_beta1), ("--adam-beta2", self.adam_beta2)):
             _require(0 <= beta < 1, f"{name} must lie in [0, 1), got {beta}")
@@ -255,14 +302,16 @@ class TrainConfig:
     """A fine-tuning job.
 
     `global_batch_size` samples make an optimizer step, whatever the stages and replicas; they are filled into
-    microbatches of `microbatch_size` samples on average, evenly by tokens.
+    microbatches of `microbatch_size` samples on average, evenly by tokens. `lora_alpha` None is the rank. `min_stages`
+    and `max_stages` are the bounds within which the number of stages may differ from `pipeline.stages` (None: not at
+    all); a run only starts with fewer, where the cluster has no room for all.
     """
 
     model: str
     train: tuple[str, ...]
     output: str
     samples: SampleConfig
-    eval: str | None = None
+    eval: EvalConfig = field(default_factory=EvalConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     schedule: ScheduleName = "1f1b"
@@ -274,8 +323,12 @@ class TrainConfig:
     seed: int = 0
     freeze: tuple[Freezable, ...] = ()
     lora_rank: int | None = None
+    lora_alpha: float | None = None
+    merge_lora: bool = False
     recompute: bool = False
     max_tokens: int = 8192
+    min_stages: int | None = None
+    max_stages: int | None = None
     checkpoint_every: int | None = None
     keep_checkpoints: int = 2
     resume: str = "auto"
@@ -298,9 +351,29 @@ class TrainConfig:
             ("--lora-rank", self.lora_rank),
             ("--checkpoint-every", self.checkpoint_every),
             ("--keep-checkpoints", self.keep_checkpoints),
-            ("--max-tokens", self.max_tokens),
+            ("--min-stages", self.min_stages),
+            ("--max-stages", self.max_stages),
         ):
             _require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+        _require(self.max_tokens >= 2, f"--max-tokens must be at least 2, got {self.max_tokens}")
+        stages = self.pipeline.stages
+        _require(
+            self.fewest_stages <= stages <= (self.max_stages or stages),
+            f"--stages {stages} must lie between --min-stages {self.fewest_stages} and --max-stages "
+            f"{self.max_stages or stages}",
+        )
+        _require(
+            self.pipeline.layers_per_stage is None,
+            f"layers_per_stage {self.pipeline.layers_per_stage} is for captioning, training cuts by cost: leave it out",
+        )
+        _require(
+            self.microbatch_size <= self.global_batch_size,
+            f"--microbatch-size {self.microbatch_size} must not exceed --global-batch-size {self.global_batch_size}",
+        )
+        _require(
+            self.schedule != "interleaved" or self.chunks_per_stage > 1,
+            "--schedule interleaved needs several chunks a stage: give --chunks-per-stage 2, or --schedule 1f1b",
+        )
         _require(
             self.chunks_per_stage == 1 or self.schedule == "interleaved",
             f"--chunks-per-stage {self.chunks_per_stage} needs --schedule interleaved, got {self.schedule}",
@@ -312,4 +385,33 @@ class TrainConfig:
             "--replicas or --microbatch-size, or raise --global-batch-size",
         )
         _require(set(self.freeze) != {"vision", "projector", "language"}, "--freeze leaves nothing to train: name less")
+        if self.lora_rank is None:
+            _require(self.lora_alpha is None, "--lora-alpha needs --lora-rank: give both or neither")
+            _require(not self.merge_lora, "--merge-lora needs --lora-rank: there are no adapters to merge without it")
+        else:
+            _require(
+                "language" not in self.freeze,
+                "--freeze language leaves --lora-rank nothing to train: its adapters are those of the language model, "
+                "and all else is frozen anyway; leave one of them out",
+            )
+            _require(
+                self.lora_alpha is None or 0 < self.lora_alpha < float("inf"),
+                f"--lora-alpha must be positive, got {self.lora_alpha}",
+            )
+        if self.steps is not None:
+            self.require_warmup_within(self.steps)
         _require(0 <= self.seed < 2**63, f"--seed must lie in [0, 2**63), got {self.seed}")
+
+    @property
+    def fewest_stages(self) -> int:
+        """What the run may start with where the cluster has no room for more."""
+        return self.pipeline.stages if self.min_stages is None else self.min_stages
+
+    def require_warmup_within(self, steps: int) -> None:
+        """Raises ConfigError where the learning rate would never reach its peak in so many steps."""
+        warmup = self.optimizer.warmup_steps
+        _require(
+            warmup <= steps,
+            f"--warmup-steps {warmup} is more than all {steps} steps: the learning rate would never reach its peak; "
+            "lower it, or raise --steps or --epochs",
+        )

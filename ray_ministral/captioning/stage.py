@@ -16,6 +16,7 @@ from ray_ministral.config import SamplingConfig, StageOptions
 from ray_ministral.data.images import ImagePreprocessor
 from ray_ministral.model.architecture import Architecture
 from ray_ministral.model.packed import PackedBatch
+from ray_ministral.pipeline.pixels import PixelTable
 from ray_ministral.pipeline.stage import PipelineStage
 from ray_ministral.pipeline.wire import from_wire, to_wire
 
@@ -28,7 +29,7 @@ class CaptionStage(PipelineStage):
         self.sampling = sampling
         self.kv_tokens_per_microbatch = kv_tokens_per_microbatch
         self._caches: dict[int, KVCache] = {}
-        self._normalise: Tensor | None = None
+        self._pixels: PixelTable | None = None
 
     def step(self, plan: StepPlan, hidden: np.ndarray | None, *blocks: Pixels) -> np.ndarray:
         """One step: what the next stage takes as `hidden`, or the sampled token ids (int32) on the last stage.
@@ -71,15 +72,13 @@ class CaptionStage(PipelineStage):
         return self._caches[microbatch]
 
     def _images(self, plan: StepPlan, blocks: tuple[Pixels, ...]) -> list[Tensor]:
-        """The plan's images, normalised: a table look-up of what the image processor makes of each byte."""
-        if self._normalise is None:
+        """The plan's images, normalised."""
+        if self._pixels is None:
             table = ImagePreprocessor(self.options.model_dir).normalisation_table()
-            self._normalise = torch.from_numpy(table).to(self.device, self.dtype)
-        table_3x256 = self._normalise
-        images = []
-        for piece in plan.prefills:
-            for block, row in piece.images:
-                for pixels in blocks[block][row]:
-                    index_3HW = torch.from_numpy(np.array(pixels)).to(self.device, torch.int64)
-                    images.append(torch.stack([table_3x256[c][index_3HW[c]] for c in range(3)]))
-        return images
+            self._pixels = PixelTable(table, self.dtype, self.device)
+        return [
+            self._pixels.normalise(pixels)
+            for piece in plan.prefills
+            for block, row in piece.images
+            for pixels in blocks[block][row]
+        ]

@@ -138,17 +138,18 @@ def write_atomically(folder: Location, name: str, fill: Callable[[pa.NativeFile]
             fill(stream)
             size = int(stream.tell())
         if folder.is_local:
-            _sync(temporary.path)
+            sync(temporary.path)
         folder.filesystem.move(temporary.path, final.path)
     except BaseException:
         _delete_quietly(temporary)
         raise
     if folder.is_local:
-        _sync(folder.path)
+        sync(folder.path)
     return size
 
 
-def _sync(path: str) -> None:
+def sync(path: str | os.PathLike[str]) -> None:
+    """Makes a file's contents, or the names in a folder, outlive a crash of the machine. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -5,11 +5,9 @@ It holds references, row keys and token ids; never an image or an activation.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,6 @@ from ray_ministral.captioning.batching import BatchScheduler, Finished, Request
 from ray_ministral.captioning.plan import StepPlan
 from ray_ministral.captioning.request import OK, PreparedRow, RowFailure, RowResult
 from ray_ministral.config import CaptionConfig, StageOptions
-from ray_ministral.data.shards import Shard
 from ray_ministral.driver import tasks
 from ray_ministral.driver.clock import Clock
 from ray_ministral.driver.cluster import connected, resolve
@@ -29,6 +26,7 @@ from ray_ministral.driver.job import CaptionJob
 from ray_ministral.driver.parts import PartTracker
 from ray_ministral.driver.pipeline import Pipeline, describe_error, root_cause
 from ray_ministral.driver.progress import Progress
+from ray_ministral.driver.replica import Replica, RowKey, sample_key
 from ray_ministral.driver.stage_actor import stage_actor_class
 from ray_ministral.driver.summary import CaptionSummary
 from ray_ministral.errors import ClusterError, RayMinistralError, StageDiedError, TooManyErrorsError
@@ -54,36 +52,6 @@ def caption(config: CaptionConfig, *, stage_actor: Any = None) -> CaptionSummary
 def describe(config: CaptionConfig) -> str:
     """What `caption` would do, for people; starts and writes nothing. Raises `UsageError` as `caption` does."""
     return CaptionJob.plan_job(config, create=False).describe()
-
-
-@dataclass(eq=False)
-class Replica:
-    """A pipeline, what is scheduled on it, and the steps in flight by the reference to their tokens."""
-
-    pipeline: Pipeline
-    scheduler: BatchScheduler
-    in_flight: dict[Any, StepPlan] = field(default_factory=dict)
-
-    def launch(self) -> None:
-        """Send a step of every microbatch that is not in flight through all stages."""
-        first, *others = self.pipeline.actors
-        for launch in self.scheduler.launches():
-            result = first.step.remote(launch.plan, None, *launch.blocks)
-            if others:
-                plan = launch.plan.without_token_ids()
-                for actor in others:
-                    result = actor.step.remote(plan, result)
-            self.in_flight[result] = launch.plan
-
-
-@dataclass(frozen=True)
-class RowKey:
-    """What a request's result is filed under, and what the driver keeps about its prompt."""
-
-    shard_index: int
-    row: int
-    images: int
-    image_tokens: int
 
 
 class Captioner:
@@ -359,9 +327,3 @@ class Captioner:
             status_counts=counts,
             startup=clock.laps,
         )
-
-
-def sample_key(shard: Shard, row: int) -> int:
-    """uint64 that keys a row's random numbers: a hash of its place, whatever the job reads besides."""
-    place = f"{shard.file}\0{shard.row_group}\0{row}".encode()
-    return int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "little")

@@ -9,6 +9,7 @@ from functools import partial
 
 from ray_ministral.captioning.prompts import PromptTemplate, PromptTokenizer, check_prompt
 from ray_ministral.config import CaptionConfig, SamplingConfig
+from ray_ministral.data.chat import ChatTokenizer
 from ray_ministral.data.fingerprint import fingerprint
 from ray_ministral.data.ledger import Ledger
 from ray_ministral.data.parts import PartInfo, read_failed_rows
@@ -136,7 +137,7 @@ class CaptionJob:
         return "\n".join(lines)
 
 
-def finish_reason(generated: Sequence[int], *, sampling: SamplingConfig, tokenizer: PromptTokenizer) -> str | None:
+def finish_reason(generated: Sequence[int], *, sampling: SamplingConfig, tokenizer: ChatTokenizer) -> str | None:
     """`stop` where the ids end with an end-of-text token or their text has a stop text, else None."""
     if not sampling.ignore_eos and generated[-1] in tokenizer.eos_token_ids:
         return STOP

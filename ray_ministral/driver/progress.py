@@ -1,22 +1,18 @@
-"""How far the job is: a live bar on a terminal, a plain line every few seconds elsewhere.
+"""How far a captioning job is: the captioner reports totals, this turns them into rates and an estimate to display.
 
-The captioner reports totals; this module turns them into rates and an estimate and writes to stderr. It knows neither
-Ray nor the ledger, and whatever the terminal does, it never ends the job.
+It knows neither Ray nor the ledger.
 """
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TextIO
+from typing import Self, TextIO
 
-if TYPE_CHECKING:
-    from rich.progress import Progress as RichProgress
-    from rich.progress import TaskID
+from ray_ministral.driver.display import Display, duration
 
 RATE_WINDOW_S = 300.0
 
@@ -85,40 +81,6 @@ class RateWindow:
         return rates_between(self._first, self._last) if self._first else Rates()
 
 
-class _SafeStream:
-    """A text stream that can fail in silence: a closed terminal, a full disk or an ASCII locale must not end a job."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except UnicodeEncodeError:
-            return self.write(text.encode("ascii", "replace").decode("ascii"))
-        except (OSError, ValueError):  # ValueError: the stream is closed
-            return len(text)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except (OSError, ValueError):
-            return
-
-    def isatty(self) -> bool:
-        try:
-            return self._stream.isatty()
-        except (OSError, ValueError):
-            return False
-
-    def fileno(self) -> int:
-        return self._stream.fileno()
-
-    @property
-    def encoding(self) -> str:
-        return getattr(self._stream, "encoding", None) or "utf-8"
-
-
 class Progress:
     """Shows how far the job is, as a context manager.
 
@@ -141,45 +103,29 @@ class Progress:
     ) -> None:
         self._total_rows = total_rows
         self._done_rows = done_rows
-        self._stream = _SafeStream(sys.stderr if stream is None else stream)
-        self._interval_s = interval_s
+        self._display = Display("rows", total_rows, done_rows, stream, interval_s=interval_s, clock=clock)
         self._clock = clock
         self._started = clock()
         self._counts = Counts()
         self._window = RateWindow()
-        self._said: tuple[float, str] | None = None
-        self._bar: tuple[RichProgress, TaskID] | None = None
-        self._next_line = 0.0
 
     def __enter__(self) -> Self:
         self._started = self._clock()
-        self._bar = self._open_bar()
-        if self._bar is None:
-            resumed = f", {self._done_rows} of them done before" if self._done_rows else ""
-            self._line(f"{self._total_rows} rows{resumed}")
-            self._next_line = self._started + self._interval_s
+        resumed = f", {self._done_rows} of them done before" if self._done_rows else ""
+        self._display.open(f"{self._total_rows} rows{resumed}")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar[0].stop()
-            self._bar = None
         seconds = self._clock() - self._started
         word = "done" if kind is None else "stopped"
-        self._line(f"{word} after {seconds:.1f} s: {self._describe(self._window.overall(), time_left=False)}")
+        figures = self._figures(self._window.overall(), time_left=False)
+        self._display.close(f"{word} after {seconds:.1f} s: {self._display.count(self._done)}, {figures}")
 
     def message(self, text: str) -> None:
-        """Say something, such as what is being waited for. The same text again is not repeated within the interval."""
-        now = self._clock()
-        if self._said is not None and self._said[1] == text and now - self._said[0] < self._interval_s:
-            return
-        self._said = (now, text)
-        if self._bar is None:
-            self._line(text)
-        else:
-            self._bar[0].console.print(text, markup=False, highlight=False, soft_wrap=True)
+        """See `Display.message`."""
+        self._display.message(text)
 
     def update(self, *, rows: int = 0, errors: int = 0, images: int = 0, tokens: int = 0) -> None:
         """Report the totals of this run so far. The speed counts from the first call: make one at the first admission.
@@ -193,61 +139,15 @@ class Progress:
         now = self._clock()
         self._counts = Counts(rows, errors, images, tokens)
         self._window.add(now, self._counts)
-        if self._bar is not None:
-            bar, task = self._bar
-            bar.update(task, completed=self._done, figures=self._figures(self._window.recent(), time_left=True))
-        elif now >= self._next_line:
-            self._line(self._describe(self._window.recent(), time_left=True))
-            self._next_line = now + self._interval_s
+        self._display.show(self._done, lambda: self._figures(self._window.recent(), time_left=True))
 
     @property
     def _done(self) -> int:
         return self._done_rows + self._counts.rows
 
-    def _describe(self, rates: Rates, *, time_left: bool) -> str:
-        return f"{self._done}/{self._total_rows} rows, {self._figures(rates, time_left=time_left)}"
-
     def _figures(self, rates: Rates, *, time_left: bool) -> str:
         figures = f"{self._counts.errors} errors, {rates.images:.1f} images/s, {rates.tokens:.0f} tokens/s"
         left = self._total_rows - self._done
         if time_left and rates.rows > 0 and left > 0:
-            figures += f", {_duration(left / rates.rows)} left"
+            figures += f", {duration(left / rates.rows)} left"
         return figures
-
-    def _line(self, text: str) -> None:
-        self._stream.write(text + "\n")
-        self._stream.flush()
-
-    def _open_bar(self) -> tuple[RichProgress, TaskID] | None:
-        if not self._stream.isatty():
-            return None
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as RichProgress
-
-        # `_SafeStream` has all of a file that rich asks for. What else writes to stdout or stderr meanwhile (logs,
-        # Ray's workers) is led above the bar, and stays on stderr.
-        console = Console(file=self._stream, force_terminal=True)  # type: ignore[arg-type]
-        if console.is_dumb_terminal:
-            return None
-        bar = RichProgress(
-            SpinnerColumn(),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}", markup=False),
-            TimeElapsedColumn(),
-            console=console,
-            refresh_per_second=4,
-        )
-        task = bar.add_task("rows", total=self._total_rows, completed=self._done_rows, figures="starting")
-        bar.start()
-        return bar, task
-
-
-def _duration(seconds: float) -> str:
-    """Hours, minutes and seconds, in front of them days when there are any."""
-    days, rest = divmod(round(seconds), 86_400)
-    hours, rest = divmod(rest, 3600)
-    minutes, rest = divmod(rest, 60)
-    clock = f"{hours}:{minutes:02}:{rest:02}"
-    return f"{days} d {clock}" if days else clock

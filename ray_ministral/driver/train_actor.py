@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import ray
 
+from ray_ministral.captioning.plan import StepPlan
+from ray_ministral.config import SamplingConfig, StageOptions
 from ray_ministral.driver.stage_actor import HEALTH, LoadReport, StageStatus
 from ray_ministral.training.checkpoint import StagePart, TrainState, commit_checkpoint
+from ray_ministral.training.files import TEMPORARY, put_in_place
 from ray_ministral.training.plan import StageReport, TrainPlan, TrainStageOptions
 
 if TYPE_CHECKING:
+    from ray_ministral.captioning.stage import CaptionStage
     from ray_ministral.training.stage import TrainStage
 
 GROUP_TIMEOUT_S = 600.0
@@ -28,6 +34,7 @@ class TrainActor:
         self._status = StageStatus("starting")
         self._stage: TrainStage | None = None
         self._store: Any = None
+        self._captioning: dict[int, CaptionStage] = {}
         self._busy = 0.0
 
     def load(self) -> LoadReport:
@@ -91,6 +98,29 @@ class TrainActor:
         """See `TrainStage.commit`."""
         self.stage.commit(scale, learning_rate)
 
+    def evaluate(self, plan: TrainPlan, *blocks: Any) -> tuple[float, ...]:
+        """See `TrainStage.evaluate`."""
+        return self.stage.evaluate(plan, *blocks)
+
+    def start_captions(self, sampling: SamplingConfig, kv_tokens_per_microbatch: int) -> None:
+        """Put a `CaptionStage` around each chunk as it is; its weights are the ones that are trained."""
+        from ray_ministral.captioning.stage import CaptionStage
+
+        options = self._options
+        for number, spec in options.chunks:
+            own = StageOptions(options.model_dir, spec, options.device, options.dtype, options.threads)
+            caption_stage = CaptionStage(own, sampling, kv_tokens_per_microbatch)
+            caption_stage.use(self.stage.chunks[number])
+            self._captioning[number] = caption_stage
+
+    def caption_step(self, chunk: int, plan: StepPlan, hidden: np.ndarray | None, *blocks: Any) -> np.ndarray:
+        """See `CaptionStage.step`, of one chunk."""
+        return self._captioning[chunk].step(plan, hidden, *blocks)
+
+    def end_captions(self) -> None:
+        """Give the memory of the KV caches back."""
+        self._captioning.clear()
+
     def trainable(self) -> dict[int, bool]:
         """Whether each of its chunks has weights to train."""
         return {
@@ -115,10 +145,20 @@ class TrainActor:
         from ray_ministral.training.lora import LoraOptions
 
         options = self._options
-        lora = None if options.lora_rank is None else LoraOptions(options.lora_rank)
+        lora = None if options.lora_rank is None else LoraOptions(options.lora_rank, options.lora_alpha)
         config = next(iter(self.stage.chunks.values())).hf_config
         done = commit_checkpoint(Path(folder), parts, state, config=config, model_dir=options.model_dir, lora=lora)
         return str(done)
+
+    def merge(self, adapters: str, output: str) -> None:
+        """Write the model that training began with, merged with saved adapters; `output` gives way when it is there."""
+        from ray_ministral.training.lora import merge_adapters
+
+        destination = Path(output)
+        merged = destination.with_name(f"{TEMPORARY}merged")
+        shutil.rmtree(merged, ignore_errors=True)
+        merge_adapters(self._options.model_dir, adapters, merged)
+        put_in_place(merged, destination)
 
     @ray.method(concurrency_group=HEALTH)
     def status(self) -> StageStatus:

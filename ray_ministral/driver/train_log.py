@@ -1,45 +1,76 @@
-"""What a training job leaves for people: `metrics.jsonl`, `skipped.jsonl`, and lines on the terminal."""
+"""What a training job leaves for people: files of lines, TensorBoard's events, a picture, lines on the terminal.
+
+metrics.jsonl    a line a step
+skipped.jsonl    a line for each row that could not be used
+eval.jsonl       a line for each evaluation
+captions.jsonl   a line for each caption of an evaluation
+tensorboard/     the same figures as events
+loss.png         loss and evaluations over the steps
+"""
 
 from __future__ import annotations
 
 import json
-import sys
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from ray_ministral.training.samples import PreparedSamples
+from ray_ministral.driver.display import Display, duration
+from ray_ministral.driver.loss_plot import Point, draw_losses
+from ray_ministral.driver.train_events import EventWriter
+from ray_ministral.training.samples import SkippedRow
 
 if TYPE_CHECKING:
+    from ray_ministral.driver.eval_captions import EvalCaption
+    from ray_ministral.driver.evaluation import EvalResult
     from ray_ministral.driver.trainer import StepResult
-
-LINE_EVERY_S = 5.0
 
 
 class TrainLog:
-    """A context manager around the run; `first_step` steps are done already, and lines after them are taken back."""
+    """A context manager around the run; `first_step` steps are done already, and what is said of later ones is undone.
+
+    With `first_step` 0 nothing is done, and all that another run may have left is undone.
+    """
 
     def __init__(self, output: Path, total_steps: int, first_step: int) -> None:
         output.mkdir(parents=True, exist_ok=True)
-        self._metrics = output / "metrics.jsonl"
-        self._skipped = output / "skipped.jsonl"
+        self._output = output
+        self._metrics, self._skipped, self._evaluations, self._captions = (
+            output / name for name in ("metrics.jsonl", "skipped.jsonl", "eval.jsonl", "captions.jsonl")
+        )
         self._total, self._first = total_steps, first_step
+        self._display = Display("steps", total_steps, first_step)
         self.skipped_rows = 0
-        self.last_loss: float | None = None
+        self._last: StepResult | None = None
         self._tokens, self._seconds = 0, 0.0
-        self._next_line = 0.0
-        for path in (self._metrics, self._skipped):
-            _keep_steps(path, first_step)
+        done = range(1, first_step + 1)
+        _keep_steps(self._metrics, done)
+        _keep_steps(self._skipped, range(first_step + 1) if first_step else ())
+        self.evaluated = _keep_steps(self._evaluations, range(first_step + 1) if first_step else ())
+        # An evaluation counts once its loss is there, which is written after its captions.
+        _keep_steps(self._captions, self.evaluated)
+        self._events = EventWriter(output / "tensorboard", first_step + 1 if first_step else 0)
 
     def __enter__(self) -> Self:
+        self._started = time.monotonic()
+        self._display.open()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.message("done" if kind is None else "stopped")
+        self._events.close()
+        word = "done" if kind is None else "stopped"
+        figures = "" if self._last is None else f": {self._display.count(self._last.step)}, {self._figures(self._last)}"
+        self._display.close(f"{word} after {time.monotonic() - self._started:.1f} s{figures}")
+
+    @property
+    def last_loss(self) -> float | None:
+        """Of this run's last step."""
+        return None if self._last is None else self._last.loss
 
     @property
     def tokens_per_second(self) -> float:
@@ -48,44 +79,89 @@ class TrainLog:
 
     def message(self, text: str) -> None:
         """A line on stderr."""
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
+        self._display.message(text)
 
-    def step(self, result: StepResult, prepared: PreparedSamples) -> None:
-        """Write a step down."""
+    def step(self, result: StepResult, skipped: Sequence[SkippedRow]) -> None:
+        """Write a step down, and the rows that it would have had."""
         from ray_ministral.driver.trainer import as_line
 
-        self.last_loss = result.loss
+        self._last = result
         self._tokens += result.tokens
         self._seconds += result.seconds
-        with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(as_line(result) + "\n")
-        if prepared.skipped:
-            self.skipped_rows += len(prepared.skipped)
-            with self._skipped.open("a", encoding="utf-8") as file:
-                for row in prepared.skipped:
-                    file.write(json.dumps({"step": result.step, **asdict(row)}) + "\n")
-        now = time.monotonic()
-        if now >= self._next_line or result.step == self._total:
-            self._next_line = now + LINE_EVERY_S
-            left = (self._total - result.step) * self._seconds / max(1, result.step - self._first)
-            busy = sum(result.busy) / (len(result.busy) * result.seconds) if result.seconds else 0.0
-            self.message(
-                f"step {result.step}/{self._total}: loss {result.loss:.4f}, norm {result.grad_norm:.3f}, "
-                f"rate {result.learning_rate:.2e}, {self.tokens_per_second:.0f} tokens/s, bubble {1 - busy:.0%}, "
-                f"{left:.0f} s left"
-            )
+        _append(self._metrics, [as_line(result)])
+        self.skipped_rows += len(skipped)
+        self._list_skipped(result.step, skipped)
+        self._events.scalars(
+            result.step,
+            {
+                "train/loss": result.loss,
+                "train/grad_norm": result.grad_norm,
+                "train/learning_rate": result.learning_rate,
+                "train/tokens_per_second": result.tokens / result.seconds if result.seconds else 0.0,
+                "train/bubble": result.bubble,
+            },
+        )
+        self._display.show(result.step, lambda: self._figures(result))
+
+    def evaluation(self, result: EvalResult, skipped: Sequence[SkippedRow], captions: Sequence[EvalCaption]) -> None:
+        """Write an evaluation down. The rows that it leaves out are the same each time, and listed the first time."""
+        if not self.evaluated:
+            self._list_skipped(result.step, skipped)
+        _append(self._captions, (json.dumps(asdict(caption), ensure_ascii=False) for caption in captions))
+        _append(self._evaluations, [json.dumps(asdict(result))])
+        self.evaluated.add(result.step)
+        self._events.scalars(result.step, {"eval/loss": result.loss})
+        skips = f", {result.skipped} rows skipped" if result.skipped else ""
+        self.message(f"step {result.step}: evaluation loss {result.loss:.4f} over {result.rows} rows{skips}")
+        for caption in captions:
+            self.message(f"step {result.step}: {caption.caption!r}, expected {caption.expected!r}")
+
+    def draw(self) -> None:
+        """Draw `loss.png` anew."""
+        draw_losses(self._output / "loss.png", _losses(self._metrics), _losses(self._evaluations))
+
+    def _figures(self, result: StepResult) -> str:
+        left = (self._total - result.step) * self._seconds / max(1, result.step - self._first)
+        return (
+            f"loss {result.loss:.4f}, norm {result.grad_norm:.3f}, rate {result.learning_rate:.2e}, "
+            f"{self.tokens_per_second:.0f} tokens/s, bubble {result.bubble:.0%}, {duration(left)} left"
+        )
+
+    def _list_skipped(self, step: int, skipped: Iterable[SkippedRow]) -> None:
+        _append(self._skipped, (json.dumps({"step": step, **asdict(row)}) for row in skipped))
 
 
-def _keep_steps(path: Path, steps: int) -> None:
-    """Drop the lines of steps after `steps`: they are done again."""
-    if path.exists():
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= steps]
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+def _append(path: Path, lines: Iterable[str]) -> None:
+    text = "".join(f"{line}\n" for line in lines)
+    if text:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
 
 
-def _step_of(line: str) -> float:
+def _keep_steps(path: Path, steps: Iterable[int]) -> set[int]:
+    """Drop all lines but those of `steps` (others are done again); the steps that have lines."""
+    if not path.exists():
+        return set()
+    allowed, kept, found = set(steps), [], set()
+    for line in path.read_text(encoding="utf-8").splitlines():
+        step = _value(line, "step")
+        if step in allowed:
+            kept.append(line)
+            found.add(int(step))
+    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    return found
+
+
+def _losses(path: Path) -> list[Point]:
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [(int(_value(line, "step")), float(_value(line, "loss"))) for line in lines]
+
+
+def _value(line: str, key: str) -> Any:
+    """NaN for a line that was torn by a crash."""
     try:
-        return int(json.loads(line)["step"])
+        return json.loads(line)[key]
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # torn by a crash
+        return float("nan")

@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -19,18 +20,30 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from ray_ministral.config import TrainConfig
-from ray_ministral.driver.cluster import connected, resolve
-from ray_ministral.driver.pipeline import Pipeline, describe_error, root_cause
+from ray_ministral.data.row_reader import RowPlace
+from ray_ministral.driver.cluster import connected
+from ray_ministral.driver.eval_captions import EvalCaptioner
+from ray_ministral.driver.evaluation import Evaluator
+from ray_ministral.driver.pipeline import describe_error, root_cause
 from ray_ministral.driver.sample_actor import start_sample_actor
 from ray_ministral.driver.train_actor import train_actor_class
-from ray_ministral.driver.train_job import CHECKPOINTS, TrainJob
+from ray_ministral.driver.train_job import TrainJob
 from ray_ministral.driver.train_log import TrainLog
+from ray_ministral.driver.train_replicas import start_replicas
+from ray_ministral.driver.train_resume import CHECKPOINTS
 from ray_ministral.errors import ClusterError, RayMinistralError, StageDiedError
 from ray_ministral.pipeline.generators import make_schedule
 from ray_ministral.pipeline.schedule import Schedule
-from ray_ministral.training.checkpoint import prune, publish_model, remove_attempts, temporary_folder
+from ray_ministral.training.checkpoint import (
+    MODEL,
+    checkpoint_name,
+    prune,
+    publish_model,
+    remove_attempts,
+    temporary_folder,
+)
 from ray_ministral.training.packing import build_microbatches, num_microbatches
-from ray_ministral.training.plan import StageReport, TrainMicrobatch, TrainPlan, TrainStageOptions
+from ray_ministral.training.plan import StageReport, TrainMicrobatch, TrainPlan
 from ray_ministral.training.rates import clip_scale, global_norm
 from ray_ministral.training.samples import PreparedSamples
 
@@ -67,6 +80,11 @@ class StepResult:
     generation: int
     busy: tuple[float, ...]
 
+    @property
+    def bubble(self) -> float:
+        """The share of the step's time, over all stages, in which a stage did not compute."""
+        return 1 - sum(self.busy) / (len(self.busy) * self.seconds) if self.seconds else 0.0
+
 
 def train(config: TrainConfig, *, train_actor: Any = None) -> TrainSummary:
     """Run a training job to its end; the same call goes on where a stopped one has its last checkpoint.
@@ -95,15 +113,21 @@ class Trainer:
             stack.enter_context(connected(self.config.address, self.config.pipeline))
             self._ahead: deque[tuple[int, Any, Any]] = deque()
             self._start(stack)
+            self._evaluate_first()
             for step in range(job.first_step, job.total_steps):
                 begun = time.monotonic()
                 prepared, pixels = self._samples(step)
                 microbatches = self._pack(prepared)
                 reports = self._compute(step, microbatches, pixels)
                 norm, rate = self._commit(step, reports)
-                log.step(self._result(step, microbatches, reports, norm, rate, time.monotonic() - begun), prepared)
+                seconds = time.monotonic() - begun
+                log.step(self._result(step, microbatches, reports, norm, rate, seconds), prepared.skipped)
+                # Before the checkpoint: a run that goes on from it needs no evaluation of it.
+                if self._evaluation_is_due(step + 1):
+                    self._evaluate(step + 1)
                 if self._checkpoint_is_due(step + 1):
                     self._save(step + 1)
+                    log.draw()
             self._finish()
         return TrainSummary(
             steps=job.total_steps,
@@ -119,46 +143,16 @@ class Trainer:
 
     def _start(self, stack: ExitStack) -> None:
         config, job = self.config.pipeline, self._job
-        resolved = resolve(config)
         # Started before the stages: it reads and prepares while they import and load.
         self._sampler = start_sample_actor(job.sample_options)
         stack.callback(ray.kill, self._sampler)
         self._fill()
-        self._replicas: list[Pipeline] = []
-        for replica in range(config.replicas):
-            arguments = [
-                (
-                    TrainStageOptions(
-                        model_dir=job.model_dir,
-                        chunks=tuple(enumerate(job.chunks.stages))[stage :: config.stages],
-                        stage=stage,
-                        num_stages=config.stages,
-                        num_chunks=len(job.chunks.stages),
-                        replica=replica,
-                        num_replicas=config.replicas,
-                        device=resolved.device,
-                        dtype=resolved.dtype,
-                        threads=resolved.threads,
-                        optimizer=self.config.optimizer,
-                        freeze=self.config.freeze,
-                        lora_rank=self.config.lora_rank,
-                        recompute=self.config.recompute,
-                        seed=self.config.seed,
-                    ),
-                )
-                for stage in range(config.stages)
-            ]
-            pipeline = Pipeline.start(
-                f"replica {replica}",
-                actor_class=self._actor_class or train_actor_class(),
-                arguments=arguments,
-                config=config,
-                resolved=resolved,
-                announce=self._log.message,
-                generation=self._generation,
-            )
+        self._replicas = start_replicas(
+            job, self._actor_class or train_actor_class(), self._generation, self._log.message
+        )
+        for pipeline in self._replicas:
             stack.callback(pipeline.close)
-            self._replicas.append(pipeline)
+        self._stages = self._replicas[0].num_stages
         for pipeline in self._replicas:
             pipeline.wait_ready(config.start_timeout_s, self._log.message)
         self._connect()
@@ -167,6 +161,10 @@ class Trainer:
             self._all("restore", str(job.resume_from))
         self._trainable = self._trainable_chunks()
         self._schedule = lru_cache(maxsize=8)(self._make_schedule)
+        self._evaluator = self._captioner = None
+        if job.eval_rows is not None:
+            self._evaluator = Evaluator(job, job.eval_rows, self._replicas, self._prepare, self._get)
+            self._captioner = EvalCaptioner(job, job.eval_rows, self._replicas[0], self._prepare, self._get)
 
     def _connect(self) -> None:
         """All stages of all replicas meet at the store of the very first one."""
@@ -186,7 +184,7 @@ class Trainer:
         frozen = [chunk for chunk, trains in enumerate(self._trainable) if not trains and chunk > first]
         return make_schedule(
             self.config.schedule,
-            self.config.pipeline.stages,
+            self._stages,
             microbatches,
             self.config.chunks_per_stage,
             first_trainable_chunk=first,
@@ -202,9 +200,14 @@ class Trainer:
         while len(self._ahead) < STEPS_AHEAD and next_step < job.total_steps:
             numbers = job.order.step_samples(next_step, self.config.global_batch_size)
             places = [job.rows.place(number) for number in numbers]
-            prepared, pixels = self._sampler.prepare.options(num_returns=2).remote(places)
+            prepared, pixels = self._prepare(places)
             self._ahead.append((next_step, prepared, pixels))
             next_step += 1
+
+    def _prepare(self, places: Sequence[RowPlace]) -> tuple[Any, Any]:
+        """References to the samples of some rows and to their pixels."""
+        samples, pixels = self._sampler.prepare.options(num_returns=2).remote(places)
+        return samples, pixels
 
     def _samples(self, step: int) -> tuple[PreparedSamples, Any]:
         """The samples of a step and the reference to their pixels."""
@@ -241,9 +244,8 @@ class Trainer:
 
     def _commit(self, step: int, reports: list[StageReport]) -> tuple[float, float]:
         """Phase two; the norm before clipping, and the learning rate."""
-        stages = self.config.pipeline.stages
         # Twins have the same gradients after their all-reduce: those of the first replica count.
-        norms = {name: norm for report in reports[:stages] for name, norm in report.squared_norms.items()}
+        norms = {name: norm for report in reports[: self._stages] for name, norm in report.squared_norms.items()}
         norm, rate = global_norm(norms), self._job.learning_rate.at(step)
         self._all("commit", clip_scale(norm, self.config.optimizer.clip_norm), rate)
         return norm, rate
@@ -266,10 +268,30 @@ class Trainer:
             learning_rate=rate,
             tokens=sum(microbatch.num_tokens for microbatch in every),
             seconds=seconds,
-            stages=self.config.pipeline.stages,
+            stages=self._stages,
             generation=self._generation,
             busy=tuple(report.busy_seconds for report in reports),
         )
+
+    # Evaluating
+
+    def _evaluation_is_due(self, done: int) -> bool:
+        every = self.config.eval.every
+        if every is None or done == self._job.total_steps:
+            return self._checkpoint_is_due(done)
+        return done % every == 0
+
+    def _evaluate_first(self) -> None:
+        """Before the first step, unless an earlier run has done so and needs no other now."""
+        done, evaluated = self._job.first_step, self._log.evaluated
+        if not evaluated or (done not in evaluated and self._evaluation_is_due(done)):
+            self._evaluate(done)
+
+    def _evaluate(self, done: int) -> None:
+        """Loss and captions after `done` steps, where there is something to evaluate on."""
+        if self._evaluator is not None and self._captioner is not None:
+            result, skipped = self._evaluator.loss(done)
+            self._log.evaluation(result, skipped, self._captioner.captions(done))
 
     # Saving
 
@@ -287,11 +309,15 @@ class Trainer:
         prune(folder, self.config.keep_checkpoints)
 
     def _finish(self) -> None:
-        """The last checkpoint's model becomes `final/`."""
-        from ray_ministral.training.checkpoint import checkpoint_name
-
+        """The last checkpoint's model becomes `final/`, under `--merge-lora` a whole one."""
         done = self._job.output / CHECKPOINTS / checkpoint_name(self._job.total_steps)
-        publish_model(done, self._job.output / "final")
+        if not done.exists():  # resumed from a checkpoint of elsewhere, with nothing left to do
+            self._save(self._job.total_steps)
+        final = self._job.output / "final"
+        if self.config.merge_lora:
+            self._get([self._replicas[0].actors[0].merge.remote(str(done / MODEL), str(final))])
+        else:
+            publish_model(done, final)
 
     # Calls
 

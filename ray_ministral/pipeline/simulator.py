@@ -114,7 +114,7 @@ class Durations:
 
 
 class Span(NamedTuple):
-    """An F, B or W and the seconds from the beginning of the step at which it starts and ends."""
+    """An action and the seconds from the beginning of the step at which it starts and ends."""
 
     action: Action
     start: float

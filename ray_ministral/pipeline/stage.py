@@ -34,8 +34,8 @@ class PipelineStage:
 
     @property
     def model(self) -> Any:
-        """The chunk; `load` comes first."""
-        assert self._model is not None, "load() before anything else"
+        """The chunk; `load` or `use` comes first."""
+        assert self._model is not None, "load() or use() before anything else"
         return self._model
 
     def load(self, on_progress: Callable[[int, int], None] | None = None) -> float:
@@ -47,6 +47,10 @@ class PipelineStage:
         self._model.requires_grad_(False)
         self._model.eval()
         return time.perf_counter() - started
+
+    def use(self, model: Any) -> None:
+        """Run a chunk that somebody else has loaded, and trains, perhaps; instead of `load`."""
+        self._model = model
 
     def run(self, batch: PackedBatch, hidden: Tensor | None) -> Tensor:
         """One forward pass without gradients: hidden states `[T, 1, H]`, or logits `[rows, V]` on the last stage."""

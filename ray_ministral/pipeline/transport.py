@@ -8,6 +8,7 @@ group's time-out.
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -23,8 +24,8 @@ class Transport(Protocol):
         """Start sending; the tensor must not change until `flush`."""
         ...
 
-    def receive(self, shape: tuple[int, ...], dtype: torch.dtype, from_stage: int, tag: int) -> Tensor:
-        """Wait for a message."""
+    def receive(self, shape: tuple[int, ...], dtype: torch.dtype, from_stage: int, tag: int) -> Callable[[], Tensor]:
+        """Ask for a message, perhaps ahead of need; what is returned waits for it and gives it."""
         ...
 
     def flush(self) -> None:
@@ -52,10 +53,17 @@ class GroupTwins:
 
 
 class GroupTransport:
-    """Point to point in a process group whose rank is the number of the stage."""
+    """Point to point in process groups whose rank is the number of the stage.
 
-    def __init__(self, group: Any, device: torch.device) -> None:
-        self._group = group
+    `down` carries what goes to later stages, `up` what goes to earlier ones. Gloo matches messages by their tags, so
+    one group can be both. NCCL has no tags and a stream for each pair of ranks, in which a send waits until its receive
+    is reached and everything behind it waits, too: two stages that each send before they receive would stand still for
+    ever. A group for each direction has only sends at one end and only receives at the other, in one order, which
+    `schedule_check` proves.
+    """
+
+    def __init__(self, down: Any, up: Any, stage: int, device: torch.device) -> None:
+        self._down, self._up, self._stage = down, up, stage
         self._device = device
         self._sending: list[tuple[Any, Tensor]] = []
 
@@ -63,13 +71,21 @@ class GroupTransport:
         """See `Transport`. The work object is kept: gloo silently loses a message whose work is dropped."""
         tensor = tensor.detach().contiguous()
         self._sending = [(work, kept) for work, kept in self._sending if not work.is_completed()]
-        self._sending.append((self._group.send([tensor], to_stage, tag), tensor))
+        self._sending.append((self._group(self._stage, to_stage).send([tensor], to_stage, tag), tensor))
 
-    def receive(self, shape: tuple[int, ...], dtype: torch.dtype, from_stage: int, tag: int) -> Tensor:
+    def receive(self, shape: tuple[int, ...], dtype: torch.dtype, from_stage: int, tag: int) -> Callable[[], Tensor]:
         """See `Transport`."""
         tensor = torch.empty(shape, dtype=dtype, device=self._device)
-        self._group.recv([tensor], from_stage, tag).wait()
-        return tensor
+        work = self._group(from_stage, self._stage).recv([tensor], from_stage, tag)
+
+        def wait() -> Tensor:
+            work.wait()
+            return tensor
+
+        return wait
+
+    def _group(self, sender: int, receiver: int) -> Any:
+        return self._down if sender < receiver else self._up
 
     def flush(self) -> None:
         """See `Transport`."""

@@ -31,7 +31,7 @@ def build_stage(options: TrainStageOptions, on_progress: Callable[[int, int], No
         )
         chunk.freeze("language" in options.freeze, "vision" in options.freeze, "projector" in options.freeze)
         if options.lora_rank is not None:
-            add_adapters(chunk, LoraOptions(options.lora_rank), options.seed)
+            add_adapters(chunk, LoraOptions(options.lora_rank, options.lora_alpha), options.seed)
         chunks[number] = chunk
     table = ImagePreprocessor(options.model_dir).normalisation_table() if options.stage == 0 else None
     return TrainStage(
@@ -65,7 +65,10 @@ def connect_stage(
 
     transport = twins = None
     if options.num_stages > 1:
-        transport = GroupTransport(group(f"replica-{options.replica}", options.stage, options.num_stages), device)
+        name = f"replica-{options.replica}"
+        down = group(name, options.stage, options.num_stages)
+        up = group(f"{name}-up", options.stage, options.num_stages) if device.type == "cuda" else down
+        transport = GroupTransport(down, up, options.stage, device)
     if options.num_replicas > 1:
         twins = GroupTwins(group(f"stage-{options.stage}", options.replica, options.num_replicas))
     stage.connect(transport, twins)

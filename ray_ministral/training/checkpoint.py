@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ray_ministral.data.files import sync
 from ray_ministral.errors import ConfigError, InputError
 from ray_ministral.training.files import (
     TEMPORARY,
@@ -30,7 +31,6 @@ from ray_ministral.training.files import (
     put_in_place,
     record,
     seal,
-    sync_folder,
     write_json,
 )
 
@@ -109,7 +109,7 @@ def commit_checkpoint(
     listing = [records[path] if path in records else seal(temporary, path) for path in paths]
     for folder in (temporary / MODEL, temporary / OPTIMIZER):
         if folder.exists():
-            sync_folder(folder)
+            sync(folder)
     write_json(temporary / MARKER, {"format": FORMAT, "step": state.step, "files": [asdict(r) for r in listing]})
     destination = temporary.with_name(checkpoint_name(state.step))
     put_in_place(temporary, destination)

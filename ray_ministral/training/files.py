@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ray_ministral.data.files import sync
+
 TEMPORARY = "_tmp."
 """How names of what is not complete begin."""
 
@@ -36,18 +38,8 @@ def record(folder: Path, path: str) -> FileRecord:
 
 def seal(folder: Path, path: str) -> FileRecord:
     """`record` of a file that has just been written, and is made durable. Raises OSError."""
-    with open(folder / path, "rb") as file:
-        os.fsync(file.fileno())
+    sync(folder / path)
     return record(folder, path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -64,11 +56,11 @@ def put_in_place(temporary: Path, destination: Path) -> None:
 
     A crash in between leaves neither under the name, never a mixture.
     """
-    sync_folder(temporary)
+    sync(temporary)
     replaced = destination.with_name(f"{TEMPORARY}replaced.{destination.name}")
     if destination.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         destination.rename(replaced)
     temporary.rename(destination)
-    sync_folder(destination.parent)
+    sync(destination.parent)
     shutil.rmtree(replaced, ignore_errors=True)

@@ -31,12 +31,13 @@ class AdamW:
         decayed = [master for master in self.masters.values() if master.ndim > 1]
         others = [master for master in self.masters.values() if master.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        # Both groups may be empty: a stage of decoder layers has nothing to train under `--freeze language`.
         self._optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            groups,
             lr=0.0,
             betas=(options.adam_beta1, options.adam_beta2),
             eps=options.adam_eps,
-            foreach=False,
+            fused=True,  # one pass over each tensor
         )
 
     def step(self, scale: float, learning_rate: float) -> None:

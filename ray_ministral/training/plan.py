@@ -8,7 +8,8 @@ from typing import Literal
 import numpy as np
 
 from ray_ministral.config import Freezable, OptimizerConfig, StageSpec
-from ray_ministral.pipeline.schedule import Action
+from ray_ministral.pipeline.schedule import RECEIVES, Action
+from ray_ministral.pipeline.simulator import Span
 
 IGNORED = -100
 """A target that asks for no prediction."""
@@ -31,6 +32,7 @@ class TrainStageOptions:
     optimizer: OptimizerConfig
     freeze: tuple[Freezable, ...] = ()
     lora_rank: int | None = None
+    lora_alpha: float | None = None
     recompute: bool = False
     seed: int = 0
 
@@ -82,9 +84,18 @@ class StageReport:
     """What a stage says when its compute is done and nothing is committed.
 
     losses: on the last stage, the sum of token losses of each microbatch (fp32, not divided). squared_norms: of each
-    parameter's gradient, by the global Hugging Face name (names, for a fused one). busy_seconds: of the step.
+    parameter's gradient, by the global Hugging Face name (names, for a fused one). started: seconds since the epoch,
+    by this stage's clock. spans: each action, in seconds since then; RECV is the waiting alone. seconds: of the whole
+    phase, with what follows the actions (tied embedding, replicas, norms).
     """
 
     losses: tuple[float, ...]
     squared_norms: dict[str, float]
-    busy_seconds: float
+    started: float
+    seconds: float
+    spans: tuple[Span, ...]
+
+    @property
+    def busy_seconds(self) -> float:
+        """Without the waiting for messages."""
+        return self.seconds - sum(span.end - span.start for span in self.spans if span.action.kind in RECEIVES)

@@ -24,14 +24,13 @@ from ray_ministral.model.packed import PackedBatch
 from ray_ministral.model.weights import all_slots, parameter_names
 from ray_ministral.pipeline.pixels import PixelTable
 from ray_ministral.pipeline.schedule import Action, Kind
+from ray_ministral.pipeline.simulator import Span
 from ray_ministral.pipeline.transport import Transport, Twins
+from ray_ministral.training.mailbox import TIED_TAG, Mailbox
 from ray_ministral.training.optimizer import AdamW
 from ray_ministral.training.plan import IGNORED, StageReport, TrainMicrobatch, TrainPlan
 
 Pixels = list[list[np.ndarray]]
-
-TIED_TAG = 1 << 30
-"""Tag of the messages about a tied embedding; those of activations count from 0."""
 
 
 class TrainStage:
@@ -86,31 +85,33 @@ class TrainStage:
         return self._channel
 
     def _reset(self) -> None:
+        self._mail: Mailbox | None = None
         self._received: dict[tuple[Kind, int, int], Tensor] = {}
         self._inputs: dict[tuple[int, int], Tensor | None] = {}
-        self._outputs: dict[tuple[int, int], Tensor] = {}
+        self._leaving: dict[tuple[int, int], Tensor] = {}
+        self._roots: dict[tuple[int, int], Tensor] = {}
         self._batches: dict[tuple[int, int], PackedBatch] = {}
         self._weight_parts: dict[tuple[int, int], list[WeightPart]] = {}
         self._losses: dict[int, Tensor] = {}
 
     def compute(self, plan: TrainPlan, *blocks: Pixels) -> StageReport:
         """Phase one: run the actions; gradients of the whole step are left in `main_grad`."""
-        started = time.perf_counter()
-        self._waited = 0.0
-        self._reset()
+        started, begun = time.time(), time.perf_counter()
         self.discard()
-        self._wanted = frozenset((action.kind, action.chunk) for action in plan.actions)
-        for action in plan.actions:
-            self._run(action, plan, blocks)
-        if self._channel is not None:
-            self._channel.flush()
+        losses, spans = self._run_all(plan, blocks)
+        for accumulator in self._accumulators.values():
+            accumulator.finish()
         if self._twins is not None:
             for parameter in self._parameters.values():
                 self._twins.add_up(parameter.main_grad)  # type: ignore[attr-defined]
         self._share_tied_gradient()
-        losses = tuple(float(self._losses[index]) for index in sorted(self._losses))
-        self._reset()
-        return StageReport(losses, self._squared_norms(), time.perf_counter() - started - self._waited)
+        norms = self._squared_norms()
+        return StageReport(losses, norms, started, time.perf_counter() - begun, spans)
+
+    def evaluate(self, plan: TrainPlan, *blocks: Pixels) -> tuple[float, ...]:
+        """Run actions that are forward alone: `StageReport.losses`. Weights, gradients and moments stay as they are."""
+        assert not any(action.kind in (Kind.B, Kind.W) for action in plan.actions), "an evaluation has no backward pass"
+        return self._run_all(plan, blocks)[0]
 
     def commit(self, scale: float, learning_rate: float) -> None:
         """Phase two: scale all gradients (clipping), step the optimizer, forget the gradients."""
@@ -119,33 +120,60 @@ class TrainStage:
 
     def discard(self) -> None:
         """Forget the gradients: the step has not happened."""
-        for parameter in self._parameters.values():
-            parameter.main_grad.zero_()  # type: ignore[attr-defined]
+        for accumulator in self._accumulators.values():
+            accumulator.reset()
 
     # The interpreter
 
+    def _run_all(self, plan: TrainPlan, blocks: tuple[Pixels, ...]) -> tuple[tuple[float, ...], tuple[Span, ...]]:
+        """All actions of a plan, in order: the microbatches' losses, and when each action ran."""
+        begun = time.perf_counter()
+        self._reset()
+        self._wanted = frozenset((action.kind, action.chunk) for action in plan.actions)
+        if self._channel is not None:
+            hidden: Any = next(iter(self.chunks.values())).config.hidden_size
+            self._mail = Mailbox(
+                self._channel,
+                plan,
+                num_stages=self._num_stages,
+                num_chunks=self.num_chunks,
+                hidden=hidden,
+                dtype=self._dtype,
+            )
+        spans = []
+        for action in plan.actions:
+            start = time.perf_counter() - begun
+            self._run(action, plan, blocks)
+            spans.append(Span(action, start, time.perf_counter() - begun))
+        if self._mail is not None:
+            self._mail.flush()
+        losses = tuple(float(self._losses[index]) for index in sorted(self._losses))
+        self._reset()
+        return losses, tuple(spans)
+
     def _run(self, action: Action, plan: TrainPlan, blocks: tuple[Pixels, ...]) -> None:
-        microbatch, chunk = plan.microbatches[action.microbatch], action.chunk
-        key = (action.microbatch, chunk)
+        key = (action.microbatch, action.chunk)
         match action.kind:
             case Kind.F:
-                self._forward(key, microbatch, plan, blocks)
+                self._forward(key, plan.microbatches[action.microbatch], plan, blocks)
             case Kind.B:
                 self._backward(key, plan)
             case Kind.W:
                 for weight_part in self._weight_parts.pop(key):
                     weight_part()
             case Kind.SEND_F:
-                self._transport.send(self._outputs[key], self._stage_of(chunk + 1), self._tag(Kind.F, key))
+                self._mailbox.send(action, self._leaving.pop(key))
             case Kind.RECV_F:
-                tag = self._tag(Kind.F, (action.microbatch, chunk - 1))
-                self._received[Kind.F, *key] = self._receive(microbatch, self._stage_of(chunk - 1), tag)
+                self._received[Kind.F, *key] = self._mailbox.receive(action)
             case Kind.SEND_B:
-                gradient = self._received.pop((Kind.SEND_B, *key))
-                self._transport.send(gradient, self._stage_of(chunk - 1), self._tag(Kind.B, key))
+                self._mailbox.send(action, self._received.pop((Kind.SEND_B, *key)))
             case Kind.RECV_B:
-                tag = self._tag(Kind.B, (action.microbatch, chunk + 1))
-                self._received[Kind.B, *key] = self._receive(microbatch, self._stage_of(chunk + 1), tag)
+                self._received[Kind.B, *key] = self._mailbox.receive(action)
+
+    @property
+    def _mailbox(self) -> Mailbox:
+        assert self._mail is not None, "connect() before a step on several stages"
+        return self._mail
 
     def _forward(
         self, key: tuple[int, int], microbatch: TrainMicrobatch, plan: TrainPlan, blocks: tuple[Pixels, ...]
@@ -153,17 +181,20 @@ class TrainStage:
         index, chunk = key
         hidden = self._received.pop((Kind.F, index, chunk), None)
         if hidden is None and chunk > 0:
-            hidden = self._outputs[index, chunk - 1].detach()  # the chunk before is on this stage, too
+            hidden = self._leaving.pop((index, chunk - 1))  # the chunk before is on this stage, too
         if hidden is not None and self._gradient_goes_to(chunk - 1):
             hidden.requires_grad_()
         batch = self._batch(self.chunks[chunk], microbatch, blocks)
         with torch.set_grad_enabled((Kind.B, chunk) in self._wanted and not self._recompute):
             output = self._run_chunk(key, hidden, batch, microbatch, plan)
+        if chunk < self._last_chunk:
+            self._leaving[key] = output.detach()
         if (Kind.B, chunk) in self._wanted:
             self._inputs[key] = hidden
             if self._recompute:
                 self._batches[key] = batch
-        self._outputs[key] = output
+            else:
+                self._roots[key] = output
 
     def _run_chunk(
         self,
@@ -188,14 +219,17 @@ class TrainStage:
 
     def _backward(self, key: tuple[int, int], plan: TrainPlan) -> None:
         index, chunk = key
-        output, hidden = self._outputs.pop(key), self._inputs.pop(key)
+        hidden = self._inputs.pop(key)
         if self._recompute:
             output = self._run_chunk(key, hidden, self._batches.pop(key), plan.microbatches[index], plan)
+        else:
+            output = self._roots.pop(key)
         gradient = None if chunk == self._last_chunk else self._received.pop((Kind.B, index, chunk))
         accumulator = self._accumulators[chunk]
         split = (Kind.W, chunk) in self._wanted
         accumulator.deferred = [] if split else None
-        output.backward(gradient)
+        if output.requires_grad:  # not where only vision is trained and this microbatch has no image
+            output.backward(gradient)
         if split:
             assert accumulator.deferred is not None
             self._weight_parts[key] = accumulator.deferred
@@ -226,53 +260,42 @@ class TrainStage:
             logit_rows=torch.from_numpy(rows).to(self._device) if last else None,
         )
 
-    def _receive(self, microbatch: TrainMicrobatch, from_stage: int, tag: int) -> Tensor:
-        started = time.perf_counter()
-        hidden_size: Any = next(iter(self.chunks.values())).config.hidden_size
-        shape = (microbatch.num_tokens, 1, hidden_size)
-        tensor = self._transport.receive(shape, self._dtype, from_stage, tag)
-        self._waited += time.perf_counter() - started
-        return tensor
-
     def _stage_of(self, chunk: int) -> int:
         return chunk % self._num_stages
-
-    def _tag(self, kind: Kind, key: tuple[int, int]) -> int:
-        index, chunk = key
-        return (index * (self._last_chunk + 1) + chunk) * 2 + (kind is Kind.B)
 
     # Gradients
 
     def _share_tied_gradient(self) -> None:
         """Embedding and output layer of a tied model are updated alike: by the embedding's gradient plus the other.
 
-        The sum is made on the first stage, in this order, wherever the output layer is.
+        Wherever they are, the sum is made in this order; on two stages both make it.
         """
         embedding = self._parameters.get(EMBEDDING)
         output_layer = self._parameters.get(OUTPUT_LAYER)
         if not self._tied or (embedding is None and output_layer is None):
             return
-        first, last = 0, self._stage_of(self._last_chunk)
-        if embedding is not None:
-            mine: Tensor = embedding.main_grad  # type: ignore[attr-defined]
-            if output_layer is not None:
-                mine.add_(output_layer.main_grad)  # type: ignore[attr-defined]
-                output_layer.main_grad.copy_(mine)  # type: ignore[attr-defined]
-                return
-            mine.add_(self._transport.receive(tuple(mine.shape), mine.dtype, last, TIED_TAG))
-            self._transport.send(mine, last, TIED_TAG + 1)
-        elif output_layer is not None:
-            gradient: Tensor = output_layer.main_grad  # type: ignore[attr-defined]
-            self._transport.send(gradient, first, TIED_TAG)
-            received = self._transport.receive(tuple(gradient.shape), gradient.dtype, first, TIED_TAG + 1)
-            self._transport.flush()
-            gradient.copy_(received)
+        first: Any = None if embedding is None else embedding.main_grad  # type: ignore[attr-defined]
+        last: Any = None if output_layer is None else output_layer.main_grad  # type: ignore[attr-defined]
+        if first is not None and last is not None:
+            first.add_(last)
+            last.copy_(first)
+        elif first is not None:
+            first.add_(self._exchange(first, self._stage_of(self._last_chunk)))
+        else:
+            torch.add(self._exchange(last, 0), last, out=last)
+
+    def _exchange(self, mine: Tensor, peer: int) -> Tensor:
+        """Give a tensor to another stage for one of the same shape."""
+        wait = self._transport.receive(tuple(mine.shape), mine.dtype, peer, TIED_TAG)
+        self._transport.send(mine, peer, TIED_TAG)
+        theirs = wait()
         self._transport.flush()
+        return theirs
 
     def _squared_norms(self) -> dict[str, float]:
         """Of each parameter, once: the output layer of a tied model is the embedding."""
         return {
-            name: float(torch.linalg.vector_norm(parameter.main_grad, dtype=torch.float64)) ** 2  # type: ignore[attr-defined]
+            name: float(torch.linalg.vector_norm(parameter.main_grad)) ** 2  # type: ignore[attr-defined]
             for name, parameter in self._parameters.items()
             if not (self._tied and name == OUTPUT_LAYER)
         }

@@ -29,11 +29,13 @@ class TrainSample:
 
     token_ids: int32 [T], image placeholders expanded. targets: int32 [T], `targets[t]` is `token_ids[t + 1]` where that
     belongs to an answer, `IGNORED` otherwise. image_sizes: (height, width) in pixels of each image, after resizing.
+    prompt_tokens: the tokens before the last answer are what captioning would feed to get it.
     """
 
     token_ids: np.ndarray
     targets: np.ndarray
     image_sizes: tuple[tuple[int, int], ...]
+    prompt_tokens: int
 
     @property
     def num_tokens(self) -> int:
@@ -44,6 +46,13 @@ class TrainSample:
     def num_targets(self) -> int:
         """Tokens that the loss counts."""
         return int((self.targets != IGNORED).sum())
+
+    @property
+    def last_answer(self) -> np.ndarray:
+        """int32: the tokens of the last answer, with its end of text."""
+        targets: np.ndarray = self.targets[self.prompt_tokens - 1 :]
+        learnt: np.ndarray = targets[targets != IGNORED]
+        return learnt
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,8 @@ class ConversationTokenizer(ChatTokenizer):
             learnt.append(np.arange(len(expanded)) < (self._end_of_answer(expanded) if segment.learn else 0))
         if sizes:
             raise ValueError(f"{len(image_sizes)} images for a conversation that shows {len(image_sizes) - len(sizes)}")
-        return _shifted(np.concatenate(token_ids), np.concatenate(learnt), tuple(image_sizes))
+        prompt_tokens = sum(len(piece) for piece in token_ids[:-1])
+        return _shifted(np.concatenate(token_ids), np.concatenate(learnt), tuple(image_sizes), prompt_tokens)
 
     def probe(self, system_prompt: str | None = None) -> None:
         """Refuses, before a job starts, a chat template that no conversation could be laid out with.
@@ -191,7 +201,9 @@ class ConversationTokenizer(ChatTokenizer):
         return int(ends[0]) + 1
 
 
-def _shifted(token_ids: np.ndarray, learnt: np.ndarray, image_sizes: tuple[tuple[int, int], ...]) -> TrainSample:
+def _shifted(
+    token_ids: np.ndarray, learnt: np.ndarray, image_sizes: tuple[tuple[int, int], ...], prompt_tokens: int
+) -> TrainSample:
     targets = np.full(len(token_ids), IGNORED, dtype=np.int32)
     targets[:-1] = np.where(learnt[1:], token_ids[1:], IGNORED)
-    return TrainSample(token_ids=token_ids, targets=targets, image_sizes=image_sizes)
+    return TrainSample(token_ids=token_ids, targets=targets, image_sizes=image_sizes, prompt_tokens=prompt_tokens)

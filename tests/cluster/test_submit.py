@@ -17,14 +17,16 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
 
+from ray_ministral.config import OptimizerConfig, SampleConfig, TrainConfig
 from tests.cluster.commands import MARK, ROOT, Run, caption_command, started
 from tests.cluster.inputs import GOOD_ROWS, rows_of, write_pictures
 from tests.cluster.processes import wait_for
+from tests.cluster.train_runs import final_weights, hugging_face_loop, metrics, train_options, write_pairs
 
 pytestmark = pytest.mark.slow
 
@@ -206,6 +208,42 @@ def test_too_many_errors_leave_the_cluster_clean(head: Head, model: Path, pictur
     assert done.returncode == 1, "the status of `ray job submit`, whatever the job's own was"
     assert "error: 1 of 45 rows failed" in done.stdout
     wait_for(lambda: not head.leftovers(), 30, lambda: f"left on the cluster: {head.leftovers()}")
+
+
+def test_a_submitted_training_has_hugging_faces_curve(head: Head, model: Path, tmp_path: Path) -> None:
+    """Ladder D over the whole road: `ray job submit`, real actors, gloo, metrics.jsonl, and the model in `final/`."""
+    pairs = write_pairs(tmp_path / "pairs.parquet")
+    output, steps = tmp_path / "out", 20
+    command = submit_command(head, model, pairs, output)
+    command = [*command[: command.index("--") + 1], "python", "jobs/train.py", *train_options(model, pairs, output)]
+    command += ["--stages", "2", "--schedule", "zero-bubble", "--steps", str(steps)]
+    options = OptimizerConfig(5e-4, 3, "cosine", weight_decay=0.1, clip_norm=0.01, adam_eps=1e-6)
+    for name, value in asdict(options).items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    done = head.ray(*command, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "succeeded" in done.stdout
+    wait_for(lambda: not head.leftovers(), 30, lambda: f"left on the cluster: {head.leftovers()}")
+
+    lines = metrics(output)
+    assert [line["step"] for line in lines] == list(range(1, steps + 1))
+    assert all(line["grad_norm"] > 0.01 for line in lines), "clipping is active"
+    config = TrainConfig(
+        model=str(model),
+        train=(str(pairs),),
+        output=str(tmp_path / "none"),
+        samples=SampleConfig(response_column="response"),
+        optimizer=options,
+        global_batch_size=8,
+        steps=steps,
+    )
+    loop, expected = hugging_face_loop(config)
+    assert [line["loss"] for line in lines] == pytest.approx([loss for loss, _ in expected], rel=1e-4)
+    assert [line["grad_norm"] for line in lines] == pytest.approx([norm for _, norm in expected], rel=1e-3)
+    ours, theirs = final_weights(output), loop.weights()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert float((ours[name] - tensor).norm()) <= 1e-4 * float(tensor.norm()), name
 
 
 @pytest.mark.parametrize("wrong", ["token", "address"])

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import Mistral3ForConditionalGeneration
 
-from ray_ministral.config import OptimizerConfig, PipelineConfig, SampleConfig, ScheduleName, TrainConfig
+from ray_ministral.config import EvalConfig, OptimizerConfig, PipelineConfig, SampleConfig, ScheduleName, TrainConfig
 from ray_ministral.driver.trainer import train
 from ray_ministral.errors import ConfigError
 
@@ -68,10 +68,19 @@ def test_stages_schedules_and_resuming_give_the_same_bits(config: TrainConfig, t
     assert [line["step"] for line in whole] == [1, 2, 3, 4]
     assert all(line["grad_norm"] > 0.1 for line in whole), "clipping is to be active"
 
-    # Two steps on one layout; then on, on another, from the checkpoint.
+    # Two steps on one layout; then on, on another, from the checkpoint. Evaluations in between change nothing.
     halves = tmp_path / "halves"
-    run(config, halves, 3, "zero-bubble", steps=2)
-    assert curve(run(config, halves, 1, "gpipe")) == curve(whole)
+    evaluated = replace(config, eval=EvalConfig(config.train[0], every=1, limit=20, captions=3))
+    run(evaluated, halves, 3, "zero-bubble", steps=2)
+    assert curve(run(evaluated, halves, 1, "gpipe")) == curve(whole)
+    evaluations = [json.loads(line) for line in (halves / "eval.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in evaluations] == [0, 1, 2, 3, 4]
+    assert {(line["rows"], line["skipped"]) for line in evaluations} == {(19, 1)}
+    assert len({line["loss"] for line in evaluations}) == 5, "each step changes the loss"
+    captions = [json.loads(line) for line in (halves / "captions.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in captions] == [step for step in range(5) for _ in range(3)]
+    skipped = [json.loads(line) for line in (halves / "skipped.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in skipped if line["step"] == 0] == [17]
 
     before, after = weights(tmp_path / "whole"), weights(halves)
     assert before.keys() == after.keys()

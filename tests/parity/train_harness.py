@@ -6,8 +6,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ray_ministral.config import OptimizerConfig, StageSpec
+from ray_ministral.model.architecture import is_tied
 from ray_ministral.model.weights import load_chunk
 from ray_ministral.pipeline.schedule import Schedule
 from ray_ministral.training.lora import LoraOptions, add_adapters
@@ -34,14 +34,42 @@ class QueueTransport:
     def send(self, tensor: Tensor, to_stage: int, tag: int) -> None:
         self._queues[self._stage, to_stage, tag].put(tensor.detach().clone())
 
-    def receive(self, shape: tuple[int, ...], dtype: torch.dtype, from_stage: int, tag: int) -> Tensor:
-        tensor = self._queues[from_stage, self._stage, tag].get(timeout=TIMEOUT_S)
-        assert tuple(tensor.shape) == shape
-        assert tensor.dtype == dtype
-        return tensor
+    def receive(self, shape: tuple[int, ...], dtype: torch.dtype, from_stage: int, tag: int) -> Callable[[], Tensor]:
+        def wait() -> Tensor:
+            tensor = self._queues[from_stage, self._stage, tag].get(timeout=TIMEOUT_S)
+            assert tuple(tensor.shape) == shape
+            assert tensor.dtype == dtype
+            return tensor
+
+        return wait
 
     def flush(self) -> None:
         return
+
+
+class Meeting:
+    """Where the replicas of one stage add up, in the order of their numbers."""
+
+    def __init__(self, replicas: int) -> None:
+        self.tensors: list[Tensor] = [torch.empty(0)] * replicas
+        self.barrier = threading.Barrier(replicas)
+
+
+class ThreadTwins:
+    """One replica's way to its twins."""
+
+    def __init__(self, meeting: Meeting, replica: int) -> None:
+        self._meeting, self._replica = meeting, replica
+
+    def add_up(self, tensor: Tensor) -> None:
+        self._meeting.tensors[self._replica] = tensor.clone()
+        self._meeting.barrier.wait(TIMEOUT_S)
+        first, *others = self._meeting.tensors
+        total = first.clone()
+        for other in others:
+            total.add_(other)
+        self._meeting.barrier.wait(TIMEOUT_S)
+        tensor.copy_(total)
 
 
 class Pipeline:
@@ -60,6 +88,7 @@ class Pipeline:
         pixel_table: Any = None,
         lora: LoraOptions | None = None,
         seed: int = 0,
+        twins: Sequence[ThreadTwins] | None = None,
     ) -> None:
         queues: dict[tuple[int, int, int], queue.Queue[Tensor]] = defaultdict(queue.Queue)
         self.num_stages, self.num_chunks = num_stages, len(chunk_layers)
@@ -80,12 +109,18 @@ class Pipeline:
                 num_stages=num_stages,
                 num_chunks=self.num_chunks,
                 transport=QueueTransport(queues, stage),
+                twins=None if twins is None else twins[stage],
                 optimizer=optimizer or OptimizerConfig(),
                 pixel_table=pixel_table if stage == 0 else None,
                 recompute=recompute,
             )
             for stage in range(num_stages)
         ]
+
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and output layer are to stay one."""
+        return is_tied(self.stages[0].chunks[0].hf_config)
 
     def trainable(self) -> tuple[bool, ...]:
         """Whether each chunk has weights to train."""
@@ -96,26 +131,7 @@ class Pipeline:
 
     def compute(self, schedule: Schedule, microbatches: Sequence[TrainMicrobatch], *blocks: Any) -> list[StageReport]:
         """Phase one on all stages at once."""
-        total = sum(microbatch.num_targets for microbatch in microbatches)
-        plan = TrainPlan(0, 0, tuple(microbatches), (), max(1, total))
-        reports: list[StageReport | BaseException | None] = [None] * self.num_stages
-
-        def run(stage: int) -> None:
-            try:
-                own = replace(plan, actions=schedule.actions[stage])
-                reports[stage] = self.stages[stage].compute(own, *(blocks if stage == 0 else ()))
-            except BaseException as error:  # noqa: BLE001  # raised again in the caller's thread
-                reports[stage] = error
-
-        threads = [threading.Thread(target=run, args=(stage,)) for stage in range(self.num_stages)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(TIMEOUT_S)
-        for report in reports:
-            if isinstance(report, BaseException):
-                raise report
-        return [report for report in reports if isinstance(report, StageReport)]
+        return compute_on([self], [schedule], [microbatches], *blocks)
 
     def step(
         self,
@@ -126,13 +142,7 @@ class Pipeline:
         clip_norm: float | None,
     ) -> tuple[float, float]:
         """Both phases; the mean loss and the norm before clipping."""
-        reports = self.compute(schedule, microbatches, *blocks)
-        norms = {name: norm for report in reports for name, norm in report.squared_norms.items()}
-        norm = global_norm(norms)
-        for stage in self.stages:
-            stage.commit(clip_scale(norm, clip_norm), learning_rate)
-        total = sum(microbatch.num_targets for microbatch in microbatches)
-        return sum(loss for report in reports for loss in report.losses) / max(1, total), norm
+        return step_on([self], [schedule], [microbatches], *blocks, learning_rate=learning_rate, clip_norm=clip_norm)
 
     def gradients(self) -> dict[str, Tensor]:
         """By Hugging Face name, after `compute`."""
@@ -150,3 +160,69 @@ class Pipeline:
             for chunk in stage.chunks.values():
                 found.update({name: tensor.clone() for name, tensor in read_tensors(chunk, lambda p: p.data)})
         return found
+
+
+def make_replicas(number: int, *arguments: Any, num_stages: int, **options: Any) -> list[Pipeline]:
+    """Pipelines whose stages add their gradients up; arguments as of `Pipeline`."""
+    meetings = [Meeting(number) for _ in range(num_stages)]
+    return [
+        Pipeline(*arguments, num_stages, twins=[ThreadTwins(meeting, replica) for meeting in meetings], **options)
+        for replica in range(number)
+    ]
+
+
+def compute_on(
+    replicas: Sequence[Pipeline],
+    schedules: Sequence[Schedule | None],
+    microbatches: Sequence[Sequence[TrainMicrobatch]],
+    *blocks: Any,
+) -> list[StageReport]:
+    """Phase one on all stages of all replicas at once; reports of the first replica's stages, then the next one's.
+
+    A replica without microbatches has no schedule.
+    """
+    total = sum(microbatch.num_targets for own in microbatches for microbatch in own)
+    reports: dict[tuple[int, int], StageReport | BaseException] = {}
+
+    def run(replica: int, stage: int) -> None:
+        try:
+            schedule = schedules[replica]
+            actions = () if schedule is None else schedule.actions[stage]
+            plan = TrainPlan(0, 0, tuple(microbatches[replica]), actions, max(1, total))
+            reports[replica, stage] = replicas[replica].stages[stage].compute(plan, *(blocks if stage == 0 else ()))
+        except BaseException as error:  # noqa: BLE001  # raised again in the caller's thread
+            reports[replica, stage] = error
+
+    places = [(replica, stage) for replica, pipeline in enumerate(replicas) for stage in range(pipeline.num_stages)]
+    threads = [threading.Thread(target=run, args=place) for place in places]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT_S)
+    done: list[StageReport] = []
+    for place in places:
+        report = reports[place]
+        if isinstance(report, BaseException):
+            raise report
+        done.append(report)
+    return done
+
+
+def step_on(
+    replicas: Sequence[Pipeline],
+    schedules: Sequence[Schedule | None],
+    microbatches: Sequence[Sequence[TrainMicrobatch]],
+    *blocks: Any,
+    learning_rate: float,
+    clip_norm: float | None,
+) -> tuple[float, float]:
+    """Both phases, as `Trainer` does them; the mean loss and the norm before clipping."""
+    reports = compute_on(replicas, schedules, microbatches, *blocks)
+    # Twins report the same gradients: the first replica's count.
+    norms = {name: norm for report in reports[: replicas[0].num_stages] for name, norm in report.squared_norms.items()}
+    norm = global_norm(norms)
+    for pipeline in replicas:
+        for stage in pipeline.stages:
+            stage.commit(clip_scale(norm, clip_norm), learning_rate)
+    total = sum(microbatch.num_targets for own in microbatches for microbatch in own)
+    return sum(loss for report in reports for loss in report.losses) / max(1, total), norm

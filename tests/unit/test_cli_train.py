@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from jobs import train as cli
-from ray_ministral.config import OptimizerConfig, PipelineConfig, SampleConfig, TrainConfig
+from ray_ministral.config import EvalConfig, OptimizerConfig, PipelineConfig, SampleConfig, TrainConfig
 from ray_ministral.driver.trainer import TrainSummary
 from ray_ministral.errors import InputError, RayMinistralError, StageDiedError
 
@@ -46,13 +46,18 @@ def test_every_option_arrives() -> None:
         "--microbatch-size 4 --epochs 5 --seed 6 --dtype bfloat16 --learning-rate 0.1 --warmup-steps 7 "
         "--lr-schedule cosine --weight-decay 0.2 --clip-norm 0.3 --adam-beta1 0.4 --adam-beta2 0.5 --adam-eps 0.6 "
         "--freeze vision --freeze projector --lora-rank 8 --recompute --checkpoint-every 9 --keep-checkpoints 10 "
-        "--resume never --address local"
+        "--resume never --address local --eval held.parquet --eval-every 11 --eval-limit 12 --eval-captions 13 "
+        "--eval-max-new-tokens 14 --system-prompt brief --max-tokens 15 --lora-alpha 16 --merge-lora --min-stages 3 "
+        "--max-stages 5"
     )
     assert config_of(*text.split()) == TrainConfig(
         model="m",
         train=("in.parquet", "b.parquet"),
         output="out",
-        samples=SampleConfig(image_column="picture", prompt_column="question", response_column="caption"),
+        samples=SampleConfig(
+            image_column="picture", prompt_column="question", response_column="caption", system_prompt="brief"
+        ),
+        eval=EvalConfig("held.parquet", every=11, limit=12, captions=13, max_new_tokens=14),
         optimizer=OptimizerConfig(
             learning_rate=0.1,
             warmup_steps=7,
@@ -72,12 +77,22 @@ def test_every_option_arrives() -> None:
         seed=6,
         freeze=("vision", "projector"),
         lora_rank=8,
+        lora_alpha=16,
+        merge_lora=True,
         recompute=True,
+        max_tokens=15,
+        min_stages=3,
+        max_stages=5,
         checkpoint_every=9,
         keep_checkpoints=10,
         resume="never",
         address="local",
     )
+
+
+def test_a_prompt_of_ones_own() -> None:
+    samples = config_of("--steps", "1", "--prompt", "What is {name}?").samples
+    assert samples == SampleConfig(prompt="What is {name}?", response_column="caption")
 
 
 @pytest.mark.parametrize(
@@ -86,13 +101,34 @@ def test_every_option_arrives() -> None:
         ([], "--steps"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--steps", "1", "--epochs", "1"], "one of --steps and --epochs"),
-        (["--steps", "1", "--messages-column", "chat"], "--messages-column excludes"),
+        (["--steps", "1", "--messages-column", "chat"], "--messages-column excludes --response-column"),
         (["--steps", "1", "--chunks-per-stage", "2"], "needs --schedule interleaved"),
         (["--steps", "1", "--replicas", "9"], "every replica needs one"),
         (["--steps", "1", "--learning-rate", "0"], "--learning-rate must be positive"),
         (["--steps", "1", "--schedule", "wavelike"], "wavelike"),
         (["--steps", "1", "--freeze", "vision", "--freeze", "projector", "--freeze", "language"], "nothing to train"),
         (["--steps", "1", "--no-such-option"], "--no-such-option"),
+        (["--steps", "1", "--prompt", "a", "--prompt-column", "b"], "--prompt and --prompt-column exclude each other"),
+        (["--steps", "1", "--microbatch-size", "17"], "must not exceed --global-batch-size 16"),
+        (["--steps", "1", "--schedule", "interleaved"], "give --chunks-per-stage 2"),
+        (["--steps", "1", "--freeze", "language", "--lora-rank", "4"], "leaves --lora-rank nothing to train"),
+        (["--steps", "1", "--lora-alpha", "4"], "--lora-alpha needs --lora-rank"),
+        (["--steps", "1", "--lora-rank", "4", "--lora-alpha", "-1"], "--lora-alpha must be positive, got -1"),
+        (["--steps", "1", "--merge-lora"], "--merge-lora needs --lora-rank"),
+        (["--steps", "1", "--eval-every", "5"], "--eval-every needs --eval"),
+        (["--steps", "1", "--eval-limit", "5"], "--eval-limit needs --eval"),
+        (["--steps", "1", "--eval-captions", "5"], "--eval-captions needs --eval"),
+        (["--steps", "1", "--eval-max-new-tokens", "5"], "--eval-max-new-tokens needs --eval"),
+        (["--steps", "1", "--eval", "e", "--eval-every", "0"], "--eval-every must be at least 1, got 0"),
+        (["--steps", "1", "--eval", "e", "--eval-captions", "-1"], "0 is none"),
+        (["--steps", "1", "--eval", ""], "--eval is empty"),
+        (["--steps", "5", "--warmup-steps", "6"], "never reach its peak"),
+        (["--steps", "1", "--max-tokens", "1"], "--max-tokens must be at least 2"),
+        (["--steps", "1", "--clip-norm", "0"], "inf is no clipping"),
+        (["--steps", "1", "--weight-decay", "inf"], "--weight-decay must be a number"),
+        (["--steps", "1", "--min-stages", "0"], "--min-stages must be at least 1"),
+        (["--steps", "1", "--stages", "2", "--min-stages", "3"], "--stages 2 must lie between --min-stages 3 and"),
+        (["--steps", "1", "--stages", "2", "--max-stages", "1"], "and --max-stages 1"),
     ],
 )
 def test_what_does_not_fit_is_one_line(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -141,7 +141,7 @@ def test_the_readme_has_each_option_as_it_is(row: Row) -> None:
 
 
 def test_the_readme_mentions_no_option_that_does_not_exist() -> None:
-    own = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
+    own = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", README))
     of_ray = {"--head", "--working-dir", "--generate", "--disable-usage-stats", "--address"}
     assert own - of_ray <= set(click_options()) | options_of_training()
 
@@ -150,9 +150,23 @@ def options_of_training() -> set[str]:
     return {name for option in train_command.params for name in option.opts}
 
 
-def test_the_section_on_training_mentions_options_of_training() -> None:
-    own = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", section("Fine-tuning")))
-    assert {"--train", "--response-column", "--schedule", "--lora-rank"} <= own <= options_of_training() | {"--help"}
+def test_the_section_on_training_mentions_every_option_of_training() -> None:
+    own = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", section("Fine-tuning")))
+    assert own - {"--help"} == options_of_training() - {"--version"}
+
+
+def test_the_options_of_training_have_their_defaults() -> None:
+    cells = re.findall(r"^\| `(--[a-z0-9-]+)(?: [A-Z]+)?` \|(.*?)\| .*\|$", section("Fine-tuning"), re.MULTILINE)
+    assert len(cells) > 30
+    options = {max(option.opts, key=len): option for option in train_command.params}
+    values = train_command.make_context("train.py", [], resilient_parsing=True).params
+    words = {"--eval-every", "--eval-limit", "--min-stages", "--max-stages", "--lora-alpha", "--checkpoint-every"}
+    for name, shown in cells:
+        default = values[str(options[name].name)]
+        if name not in words:
+            assert shown.strip(" `") == (
+                "" if default is None or default is False or default == () else str(default)
+            ), name
 
 
 def test_the_output_columns_are_those_that_are_written() -> None:

@@ -209,7 +209,7 @@ def test_a_crash_before_the_marker_commits_nothing(
     tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wherever it stops before the last rename, no step-… is there; and the next run takes the rest away."""
-    steps = ("sync_folder", "write_json", "put_in_place")
+    steps = ("sync", "write_json", "put_in_place")
     for number, name in enumerate(steps):
         folder = tmp_path / name
         temporary = temporary_folder(folder, 7, 1)

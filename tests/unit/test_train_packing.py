@@ -88,7 +88,7 @@ def sample(length: int, images: int, first: int) -> TrainSample:
     ids = np.arange(first, first + length, dtype=np.int32)
     targets = np.full(length, IGNORED, dtype=np.int32)
     targets[-2] = ids[-1]
-    return TrainSample(ids, targets, ((28, 28),) * images)
+    return TrainSample(ids, targets, ((28, 28),) * images, prompt_tokens=1)
 
 
 def test_microbatches_know_their_pixels() -> None:

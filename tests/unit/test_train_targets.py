@@ -91,6 +91,8 @@ def test_a_caption_by_hand(tokenizer: ConversationTokenizer) -> None:
     assert sample.token_ids.dtype == sample.targets.dtype == np.int32
     assert sample.image_sizes == ((56, 28),)
     assert (sample.num_tokens, sample.num_targets) == (len(prompt) + 6, 6)
+    assert sample.prompt_tokens == len(prompt)
+    assert sample.last_answer.tolist() == answer
 
 
 def test_several_turns_by_hand(tokenizer: ConversationTokenizer) -> None:
@@ -116,6 +118,9 @@ def test_several_turns_by_hand(tokenizer: ConversationTokenizer) -> None:
     targets[ids.index(y)] = EOS
     targets[ids.index(z)] = EOS
     assert sample.targets.tolist() == targets
+    # the last answer alone
+    assert sample.token_ids[: sample.prompt_tokens].tolist() == ids[:-2]
+    assert sample.last_answer.tolist() == [z, EOS]
 
 
 def test_every_target_is_the_token_that_follows(tokenizer: ConversationTokenizer) -> None:

@@ -1,0 +1,48 @@
+"""`Replica`: a pipeline, its scheduler and the steps in flight on it; and the keys of the rows that it captions."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray_ministral.captioning.batching import BatchScheduler
+from ray_ministral.captioning.plan import StepPlan
+from ray_ministral.data.shards import Shard
+from ray_ministral.driver.pipeline import Pipeline
+
+
+@dataclass(eq=False)
+class Replica:
+    """A pipeline, what is scheduled on it, and the steps in flight by the reference to their tokens."""
+
+    pipeline: Pipeline
+    scheduler: BatchScheduler
+    in_flight: dict[Any, StepPlan] = field(default_factory=dict)
+
+    def launch(self) -> None:
+        """Send a step of every microbatch that is not in flight through all stages."""
+        first, *others = self.pipeline.actors
+        for launch in self.scheduler.launches():
+            result = first.step.remote(launch.plan, None, *launch.blocks)
+            if others:
+                plan = launch.plan.without_token_ids()
+                for actor in others:
+                    result = actor.step.remote(plan, result)
+            self.in_flight[result] = launch.plan
+
+
+@dataclass(frozen=True)
+class RowKey:
+    """What a request's result is filed under, and what the driver keeps about its prompt."""
+
+    shard_index: int
+    row: int
+    images: int
+    image_tokens: int
+
+
+def sample_key(shard: Shard, row: int) -> int:
+    """uint64 that keys a row's random numbers: a hash of its place, whatever the job reads besides."""
+    place = f"{shard.file}\0{shard.row_group}\0{row}".encode()
+    return int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "little")
