@@ -10,7 +10,7 @@ CAPTION_OUTPUT := out/caption
 TRAIN_OUTPUT := out/train
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lock caption train test test-all check format bench bench-load bench-train clean
+.PHONY: help venv lock caption train model test test-all check format bench bench-load bench-train clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ train: venv  ## fine-tune the small model to say its captions in another manner;
 		--steps 60 --eval-every 20 --global-batch-size 16 --microbatch-size 4 --learning-rate 1e-3 \
 		--warmup-steps 10 --lr-schedule cosine --address local
 	$(BIN)/python examples/show_training.py $(TRAIN_OUTPUT)/run
+
+model: venv  ## make the quick start's small model anew: pictures, training, measurement (over an hour)
+	$(BIN)/python examples/make_model.py --output examples/model
 
 test: venv  ## run the tests, but those marked slow
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)

@@ -73,9 +73,11 @@ def pair(seed: int, number: int, digits: Sequence[DigitSample]) -> Row:
 def as_a_file(rng: random.Random, image: Image.Image) -> bytes:
     """The image as an encoded file: two in five go through JPEG or WEBP, as the users' pictures do."""
     kind = rng.choice(("png", "png", "png", "jpeg", "webp"))
-    options = {"png": {"compress_level": 4}, "jpeg": {"quality": rng.randint(85, 97)}, "webp": {"method": 0}}[kind]
-    if kind == "webp":
-        options["quality"] = rng.randint(85, 97)
+    options = {
+        "png": {"compress_level": 4},
+        "jpeg": {"quality": rng.randint(85, 97)},
+        "webp": {"quality": rng.randint(85, 97), "method": 0},
+    }[kind]
     file = BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()

@@ -1,4 +1,4 @@
-"""The Ray actor of a training job that prepares samples, away from the driver. Imports nothing heavy until `prepare`.
+"""The Ray actor of a training job that prepares samples, away from the driver.
 
 One for each job: what it has read of the data is kept, and would be kept several times over by several.
 """
@@ -6,16 +6,13 @@ One for each job: what it has read of the data is kept, and would be kept severa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 
 from ray_ministral.data.row_reader import RowPlace
 from ray_ministral.data.rows import Pixels
-from ray_ministral.training.samples import PreparedSamples, SampleOptions
-
-if TYPE_CHECKING:
-    from ray_ministral.training.samples import SamplePreparer
+from ray_ministral.training.samples import PreparedSamples, SampleOptions, SamplePreparer
 
 
 class SampleActor:
@@ -28,14 +25,13 @@ class SampleActor:
     def prepare(self, places: Sequence[RowPlace]) -> tuple[PreparedSamples, Pixels]:
         """See `SamplePreparer.prepare_step`."""
         if self._preparer is None:
-            from ray_ministral.training.samples import SamplePreparer
-
+            # Not in __init__: what it raises is to be the failure of a call, with its cause, and not a dead actor's.
             self._preparer = SamplePreparer(self._options)
         return self._preparer.prepare_step(places)
 
 
 def start_sample_actor(options: SampleOptions) -> Any:
-    """The actor, as a Ray handle whose `prepare` gives two references, the samples and their pixels.
+    """The actor, as a Ray handle; two references come of `prepare.options(num_returns=2).remote(places)`.
 
     It reserves no CPU (docs/decisions/0005). It has no state but a cache, so Ray may start it anew and repeat a call.
     """

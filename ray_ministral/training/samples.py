@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from threading import Lock
 
 import numpy as np
 
@@ -24,6 +26,9 @@ from ray_ministral.data.shards import plan_row_groups
 from ray_ministral.errors import ConfigError, EngineError, InputError, RowError, TooLongError, UsageError
 from ray_ministral.training.conversation import Conversation, parse_messages, question_and_answer
 from ray_ministral.training.targets import ConversationTokenizer, TrainSample
+
+DECODERS = 4
+"""Threads that prepare the rows of a step; decoding and resizing, which is most of it, runs in all of them at once."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,8 @@ class SamplePreparer:
         self._tokenizer = load_tokenizer(options)
         self._preprocessor = ImagePreprocessor(options.model_dir)
         self._reader = RowReader(options.columns, cache_bytes=options.cache_bytes)
+        self._threads = ThreadPoolExecutor(DECODERS, thread_name_prefix="prepare")
+        self._tokenizing = Lock()  # Hugging Face's tokenizers are not made for several threads
 
     def prepare_step(self, places: Sequence[RowPlace]) -> tuple[PreparedSamples, Pixels]:
         """The samples of the rows at `places`, and the pixels of each (none for a row that was skipped).
@@ -131,8 +138,8 @@ class SamplePreparer:
         samples: list[TrainSample | None] = []
         skipped: list[SkippedRow] = []
         pixels: Pixels = []
-        for place, source in zip(places, self._reader.read(places), strict=True):
-            sample, sample_pixels = self.prepare(source)
+        rows = self._reader.read(places)
+        for place, (sample, sample_pixels) in zip(places, self._threads.map(self.prepare, rows), strict=True):
             pixels.append(sample_pixels)
             if isinstance(sample, RowFailure):
                 skipped.append(SkippedRow(place.shard.file, place.shard.row_group, place.row, sample))
@@ -156,7 +163,8 @@ class SamplePreparer:
             pixels = [self._preprocessor.resize(open_image(data, self._options.images)) for data in shown]
             stage = "encode"
             sizes = tuple((int(image.shape[1]), int(image.shape[2])) for image in pixels)
-            sample = self._tokenizer.sample(conversation, sizes)
+            with self._tokenizing:
+                sample = self._tokenizer.sample(conversation, sizes)
             self._require_room(sample)
         except RowError as error:
             return RowFailure.of(error), []

@@ -334,8 +334,9 @@ def test_the_loss_of_a_file_notices_targets_that_are_not_shifted(tmp_path: Path)
     """Each token asked to predict itself: from parquet on, where targets are made."""
 
     def not_shifted(patch: pytest.MonkeyPatch) -> None:
-        def broken(token_ids: np.ndarray, learnt: np.ndarray, sizes: Any) -> targets.TrainSample:
-            return targets.TrainSample(token_ids, np.where(learnt, token_ids, targets.IGNORED).astype(np.int32), sizes)
+        def broken(token_ids: np.ndarray, learnt: np.ndarray, sizes: Any, prompt: int) -> targets.TrainSample:
+            wrong = np.where(learnt, token_ids, targets.IGNORED).astype(np.int32)
+            return targets.TrainSample(token_ids, wrong, sizes, prompt)
 
         patch.setattr(targets, "_shifted", broken)
 

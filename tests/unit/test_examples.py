@@ -322,16 +322,79 @@ def test_most_words_of_the_captions_are_one_token(tokenizer) -> None:  # type: i
     assert max(lengths) <= 16
 
 
-def test_the_training_resizes_as_hugging_faces_image_processor_does() -> None:
-    make_model = script("make_model")
-    processor = make_model.image_processor(MODEL)
+def test_pictures_get_the_size_that_hugging_faces_image_processor_gives_them() -> None:
+    pictures, measure = script("pictures"), script("measure")
+    processor = measure.image_processor(MODEL)
     for seed in range(12):
-        image = script("pictures").draw_picture(random.Random(seed)).image
-        theirs = processor([image], return_tensors="pt")
-        pixels = make_model.pixels_of(image)
-        ours = make_model.normalise(make_model.torch.from_numpy(pixels[None].copy()))
-        assert tuple(theirs["image_sizes"][0].tolist()) == pixels.shape[1:]
-        make_model.torch.testing.assert_close(theirs["pixel_values"].float(), ours, rtol=0, atol=1e-5)
+        image = pictures.draw_picture(random.Random(seed)).image
+        sizes = processor([image], return_tensors="pt")["image_sizes"]
+        assert tuple(sizes[0].tolist()) == pictures.model_size_of(image.height, image.width)
+
+
+# --- the pairs to learn from -----------------------------------------------------------------------------------------
+
+
+def test_a_pair_depends_on_the_seed_and_its_number_alone() -> None:
+    make_pairs = script("make_pairs")
+    first = make_pairs.Pairs(count=make_pairs.FILE_PICTURES + 3).rows(1, [])
+    assert first == [make_pairs.pair(0, make_pairs.FILE_PICTURES + n, []) for n in range(3)]
+    images = {make_pairs.pair(seed, number, [])["image"] for seed in (0, 1) for number in range(20)}
+    assert len(images) == 40
+
+
+def test_the_pairs_are_what_a_training_job_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written by the script, read by the job: every row is a sample, and its answer is a caption of the grammar."""
+    from ray_ministral.training.samples import SampleOptions, SamplePreparer, plan_samples
+
+    make_pairs, pictures = script("make_pairs"), script("pictures")
+    tokenizer = script("make_tokenizer").build_tokenizer()
+    monkeypatch.setattr(make_pairs, "FILE_PICTURES", 40)
+    monkeypatch.setattr(make_pairs, "GROUP_PICTURES", 16)
+    monkeypatch.setattr(make_pairs, "_digits", list)
+    pairs = make_pairs.Pairs(count=60)
+    for file in range(pairs.num_files):
+        make_pairs.write_file(pairs, file, tmp_path)
+    options = SampleOptions(str(MODEL), max_tokens=1024, response_column=None, messages_column="messages")
+    index = plan_samples([str(tmp_path)], options)
+    assert index.group_rows == (16, 16, 8, 16, 4)
+    prepared, pixels = SamplePreparer(options).prepare_step([index.place(number) for number in range(60)])
+    assert not prepared.skipped
+    sizes, formats, systems, default = Counter(), Counter(), 0, 0
+    for row, sample, images in zip(
+        (r for f in (0, 1) for r in pairs.rows(f, [])), prepared.samples, pixels, strict=True
+    ):
+        assert sample is not None
+        answer = sample.targets[sample.targets >= 0].tolist()
+        assert answer[-1] == 2
+        caption = tokenizer.decode(answer[:-1])
+        assert caption == row["messages"][-1]["content"]
+        pictures.parse_caption(caption)
+        sizes[images[0].shape[1:]] += 1
+        formats[Image.open(BytesIO(row["image"])).format] += 1
+        systems += row["messages"][0]["role"] == "system"
+        default += row["messages"][-2]["content"] == "Describe this image."
+    assert sizes.keys() == pictures.MODEL_SIZES.keys()
+    assert formats.keys() == {"PNG", "JPEG", "WEBP"}
+    assert 5 < systems < 30
+    assert 20 < default < 50
+
+
+def test_a_file_of_pairs_that_is_there_is_not_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_pairs = script("make_pairs")
+    monkeypatch.setattr(make_pairs, "_digits", list)
+    pairs = make_pairs.Pairs(count=5)
+    path = make_pairs.write_file(pairs, 0, tmp_path)
+    written = path.read_bytes()
+    monkeypatch.setattr(make_pairs, "pair", None)
+    assert make_pairs.write_file(pairs, 0, tmp_path).read_bytes() == written
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_the_digits_of_the_pairs_are_the_trainings() -> None:
+    pytest.importorskip("sklearn", reason="the digits come from scikit-learn, a development dependency")
+    make_pairs, pictures = script("make_pairs"), script("pictures")
+    known = {sample.ink.tobytes() for sample in pictures.load_digit_samples("train")}
+    assert {sample.ink.tobytes() for sample in make_pairs._digits()} == known
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
@@ -387,83 +450,71 @@ def test_every_weight_is_finite_bfloat16_of_the_configs_shape() -> None:
     assert sum(t.numel() for t in tensors.values()) == sum(p.numel() for p in model.parameters())
 
 
-def test_the_trainings_batched_vision_equals_hugging_faces() -> None:
-    import torch
-    from transformers import Mistral3ForConditionalGeneration
+def test_the_first_model_is_what_a_training_job_takes(tmp_path: Path) -> None:
+    """Everything but the training: options, first weights and pictures are found good before a cluster is touched."""
+    from jobs.train import main
+    from ray_ministral.config import TrainConfig
+    from ray_ministral.driver.train_job import TrainJob
+
+    make_model, make_pairs = script("make_model"), script("make_pairs")
+    make_model.write_first_model(tmp_path / "first", 0)
+    (tmp_path / "pairs").mkdir()
+    pq.write_table(
+        make_pairs.pa.Table.from_pylist([make_pairs.pair(0, number, []) for number in range(4)], make_pairs.SCHEMA),
+        tmp_path / "pairs" / "pairs.parquet",
+    )
+    found: list[TrainConfig] = []
+
+    def run(config: TrainConfig) -> object:
+        found.append(config)
+        raise KeyboardInterrupt
+
+    recipe = make_model.Recipe()
+    command = recipe.command(*(tmp_path / name for name in ("first", "pairs", "run")), seed=3)
+    assert main(command[2:], engine=lambda: run) == 130
+    (config,) = found
+    job = TrainJob.plan_job(config)
+    assert (job.total_steps, config.seed, config.pipeline.stages) == (recipe.steps, 3, 2)
+    assert config.optimizer.learning_rate == recipe.learning_rate
+
+
+def test_the_first_weights_follow_from_the_seed(tmp_path: Path) -> None:
+    make_model = script("make_model")
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        make_model.write_first_model(tmp_path / name, seed)
+    first, again, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+    assert first == again != other
+
+
+def test_the_model_directory_of_trained_weights(tmp_path: Path) -> None:
+    """Rounded to bf16 in one file, and beside it what the repository's own has."""
+    from safetensors.torch import load_file
 
     make_model = script("make_model")
-    model = Mistral3ForConditionalGeneration.from_pretrained(MODEL, dtype=torch.float32).eval()
-    for height, width in ((84, 112), (112, 112)):
-        pixels = torch.randn(3, 3, height, width, generator=torch.Generator().manual_seed(height))
-        with torch.inference_mode():
-            theirs = model.get_image_features(pixel_values=pixels, image_sizes=[(height, width)] * 3).pooler_output
-            ours = make_model.encode_images(model, pixels)
-        torch.testing.assert_close(torch.stack(list(ours)), torch.stack(list(theirs)), rtol=1e-4, atol=1e-4)
-
-
-def test_training_batches_depend_on_the_seed_and_the_step_alone() -> None:
-    import torch
-
-    make_model = script("make_model")
-    tokenizer = script("make_tokenizer").build_tokenizer()
-    cycle = make_model.Cycle(steps=10, batch=4, learning_rate=1e-3)
-
-    def batches(seed: int) -> object:
-        return make_model.TrainingBatches(cycle, seed, 0, tokenizer, [])
-
-    first, again, other = batches(0), batches(0), batches(1)
-    first[0]  # what was drawn before must not matter
-    assert all(torch.equal(getattr(first[7], n), getattr(again[7], n)) for n in ("pixels", "ids", "labels"))
-    assert not torch.equal(first[7].ids, other[7].ids) or not torch.equal(first[7].pixels, other[7].pixels)
-
-
-def test_labels_are_the_answers_tokens_through_the_end_of_sentence() -> None:
-    make_model = script("make_model")
-    tokenizer = script("make_tokenizer").build_tokenizer()
-    pictures = script("pictures")
-    cycle = make_model.Cycle(steps=6, batch=4, learning_rate=1e-3)
-    batches = make_model.TrainingBatches(cycle, 0, 0, tokenizer, [])
-    for step in range(cycle.steps):
-        batch = batches[step]
-        for ids, labels in zip(batch.ids.tolist(), batch.labels.tolist(), strict=True):
-            answer = [label for label in labels if label != make_model.IGNORED]
-            assert answer[-1] == 2
-            pictures.parse_caption(tokenizer.decode(answer[:-1]))
-            start = labels.index(answer[0])
-            assert ids[start : start + len(answer)] == answer
-            prompt = tokenizer.decode(ids[:start])
-            assert prompt.startswith("<s>[")
-            assert prompt.endswith("[/INST]")
-            cells = (batch.pixels.shape[2] // 28) * (batch.pixels.shape[3] // 28)
-            assert ids.count(10) == cells
-            assert ids.count(13) == 1
-
-
-def test_orthogonalise_brings_singular_values_near_to_one() -> None:
-    import torch
-
-    make_model = script("make_model")
-    matrices = torch.randn(3, 24, 60, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(make_model.orthogonalise(matrices))
-    assert values.min() > 0.5
-    assert values.max() < 1.3
-    assert torch.linalg.svdvals(matrices).max() > 5, "they were not near to one before"
+    make_model.write_first_model(tmp_path / "first", 0)
+    make_model.write_model(tmp_path / "first", tmp_path / "model")
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {path.name for path in MODEL.iterdir()}
+    for name in {path.name for path in MODEL.iterdir()} - {"model.safetensors"}:
+        assert (tmp_path / "model" / name).read_bytes() == (MODEL / name).read_bytes(), name
+    trained = load_file(tmp_path / "first" / "model.safetensors")
+    written = load_file(tmp_path / "model" / "model.safetensors")
+    assert written.keys() == trained.keys() == load_file(MODEL / "model.safetensors").keys()
+    assert all(bool((written[name] == trained[name].bfloat16()).all()) for name in trained)
 
 
 @pytest.mark.slow
 def test_captions_of_held_out_pictures_are_right() -> None:
-    import torch
-    from transformers import Mistral3ForConditionalGeneration, PreTrainedTokenizerFast
+    measure = script("measure")
+    pictures = measure.bundled_pictures()
+    assert len(pictures) == 300
+    wrong = measure.wrong_captions(MODEL, pictures)
+    assert len(wrong) <= 0.05 * len(pictures), wrong
 
-    make_model = script("make_model")
-    rows = [row for row in bundled() if row["expected"] is not None]
-    images = [Image.open(BytesIO(row["image"]["bytes"])).convert("RGB") for row in rows]  # type: ignore[index]
-    captions = make_model.generate_captions(
-        Mistral3ForConditionalGeneration.from_pretrained(MODEL, dtype=torch.float32).eval(),
-        PreTrainedTokenizerFast.from_pretrained(MODEL),
-        make_model.image_processor(MODEL),
-        images,
-    )
-    wrong = [(row["expected"], c) for row, c in zip(rows, captions, strict=True) if row["expected"] != c]
-    assert len(rows) == 300
-    assert len(wrong) <= 0.05 * len(rows), wrong
+
+def test_a_wrong_caption_is_seen() -> None:
+    """The measure itself: the same picture under its own caption and under another."""
+    measure, pictures = script("measure"), script("pictures")
+    (picture,) = measure.bundled_pictures()[:1]
+    other = pictures.Picture(picture.image, "a handwritten ten")
+    ((expected, caption),) = measure.wrong_captions(MODEL, [picture, other])
+    assert (expected, caption) == ("a handwritten ten", picture.caption)

@@ -62,7 +62,7 @@ def test_a_job_that_can_run(config: TrainConfig, pairs: Path) -> None:
     assert (job.total_steps, job.first_step, job.resume_from) == (8, 0, None)
     assert job.eval_rows is not None
     assert len(job.eval_rows) == ROWS
-    assert [len(job.chunks(stages).stages) for stages in (1, 2, 4)] == [1, 2, 4]
+    assert [len(job.chunks(stages, []).stages) for stages in (1, 2, 4)] == [1, 2, 4]
     assert TrainJob.plan_job(config).eval_rows is None
 
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ray_ministral.config import SampleConfig, TrainConfig
+from ray_ministral.driver.train_job import TrainJob
 from ray_ministral.errors import ConfigError, InputError
 from ray_ministral.training.order import DATA_IN_MEMORY, Cursor, SampleOrder, choose_window, order_state, plan_order
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def orders(num_samples: int, seed: int = 0) -> list[SampleOrder]:
@@ -166,3 +172,30 @@ def test_the_order_follows_from_the_data_and_a_run_keeps_its_own() -> None:
             plan_order([*rows, 1], [1, 1, 1, 1], seed=2, held=held)
     # a run of a version that said nothing had one permutation
     assert plan_order(rows, [DATA_IN_MEMORY] * 3, seed=2, held={}).window is None
+
+
+def test_a_job_that_goes_on_keeps_the_window_of_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray_ministral.training.order.choose_window", lambda *_: 7)
+    config = TrainConfig(
+        model=str(EXAMPLES / "model"),
+        train=(str(EXAMPLES / "pictures.parquet"),),
+        output=str(tmp_path / "run"),
+        samples=SampleConfig(response_column="expected"),
+        steps=5,
+    )
+    job = TrainJob.plan_job(config)
+    assert job.order.window == 7
+    state = job.state(2)
+    kept = {"rows": 306, "row_groups": 5, "window": 7}
+    assert {name: state.config[name] for name in kept} == kept
+
+    monkeypatch.setattr("ray_ministral.training.order.choose_window", lambda *_: None)
+    monkeypatch.setattr("ray_ministral.driver.train_job.read_state", lambda _: state)
+    resumed = TrainJob.plan_job(replace(config, resume=str(tmp_path)))
+    assert resumed.first_step == 2
+    assert resumed.order.step_samples(3, 16) == job.order.step_samples(3, 16)
+    assert TrainJob.plan_job(config).order.step_samples(3, 16) != job.order.step_samples(3, 16)
+
+    state = replace(state, config={**state.config, "rows": 305})
+    with pytest.raises(ConfigError, match=r"--train changed since the last checkpoint \(rows: 305 -> 306\)"):
+        TrainJob.plan_job(replace(config, resume=str(tmp_path)))
