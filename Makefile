@@ -50,8 +50,8 @@ train: venv  ## fine-tune the small model to say its captions in another manner;
 		--warmup-steps 10 --lr-schedule cosine --address local
 	$(BIN)/python examples/show_training.py $(TRAIN_OUTPUT)/run
 
-model: venv  ## make the quick start's small model anew: pictures, training, measurement (over an hour)
-	$(BIN)/python examples/make_model.py --output examples/model
+model: venv  ## make a small model with the training job: pictures, training, measurement (over an hour)
+	$(BIN)/python examples/make_model.py --output out/model/made
 
 test: venv  ## run the tests, but those marked slow
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)

@@ -494,8 +494,10 @@ def test_the_model_directory_of_trained_weights(tmp_path: Path) -> None:
     make_model.write_first_model(tmp_path / "first", 0)
     make_model.write_model(tmp_path / "first", tmp_path / "model")
     assert {path.name for path in (tmp_path / "model").iterdir()} == {path.name for path in MODEL.iterdir()}
-    for name in {path.name for path in MODEL.iterdir()} - {"model.safetensors"}:
+    for name in {path.name for path in MODEL.iterdir()} - {"model.safetensors", "generation_config.json"}:
         assert (tmp_path / "model" / name).read_bytes() == (MODEL / name).read_bytes(), name
+    made, kept = (json.loads((path / "generation_config.json").read_text()) for path in (tmp_path / "model", MODEL))
+    assert made == {name: value for name, value in kept.items() if name != "max_length"}  # of an older script
     trained = load_file(tmp_path / "first" / "model.safetensors")
     written = load_file(tmp_path / "model" / "model.safetensors")
     assert written.keys() == trained.keys() == load_file(MODEL / "model.safetensors").keys()
