@@ -180,6 +180,8 @@ def write_model(trained: Path, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     model = Mistral3ForConditionalGeneration.from_pretrained(trained, dtype=torch.float32)
     model.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=PAD)
+    for part in (model.config.text_config, model.config.vision_config):
+        part.dtype = None  # what was loaded, not what is saved
     model.to(torch.bfloat16).save_pretrained(output)
     for name in COPIED:
         shutil.copyfile(trained / name, output / name)
