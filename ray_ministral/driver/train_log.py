@@ -146,7 +146,9 @@ def _keep_steps(path: Path, steps: Iterable[int]) -> set[int]:
         if step in allowed:
             kept.append(line)
             found.add(int(step))
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    beside = path.with_name(f"_tmp.{path.name}")
+    beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    beside.replace(path)  # whole or not at all, whenever the job is killed
     return found
 
 
