@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -200,8 +201,6 @@ def _run(command: list[str]) -> dict[str, Any]:
 
 def _run_ours(command: list[str], output: Path) -> tuple[dict[str, Any], figures.OurRun]:
     """Our whole job; its own metrics and timeline."""
-    import shutil
-
     shutil.rmtree(output, ignore_errors=True)
     trace = output.with_suffix(".trace.json")
     command = [*command, "--output", str(output), "--trace", str(trace)]

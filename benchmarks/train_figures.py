@@ -7,10 +7,11 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 from ray_ministral.pipeline.schedule import COMPUTE, RECEIVES, Action, Kind, Schedule
 from ray_ministral.pipeline.simulator import Durations, Timeline, simulate
+from ray_ministral.training.durations import measured_durations
 
 
 @dataclass(frozen=True)
@@ -84,15 +85,10 @@ def _schedule(stages: Mapping[int, list[tuple[Action, float, float]]], name: str
 
 
 def _durations(stages: Mapping[int, list[tuple[Action, float, float]]]) -> Durations:
-    """Means of this step, a stage and kind; microbatches are of nearly equal size."""
-    found: dict[tuple[int, Kind], list[float]] = defaultdict(list)
-    for stage, spans in stages.items():
+    """Means of this step, since its microbatches are not all alike."""
+    found: dict[tuple[Kind, int], list[float]] = defaultdict(list)
+    for spans in stages.values():
         for action, start, end in spans:
             if action.kind in COMPUTE:
-                found[stage, action.kind].append(end - start)
-
-    def row(kind: Kind) -> tuple[float, ...]:
-        return tuple(sum(found[stage, kind]) / max(1, len(found[stage, kind])) for stage in sorted(stages))
-
-    forward, backward, weight = row(Kind.F), row(Kind.B), row(Kind.W)
-    return Durations(forward, backward, backward, weight)
+                found[action.kind, action.chunk].append(end - start)
+    return measured_durations(found, len(stages), mean)

@@ -9,8 +9,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from ray_ministral.driver.pipeline import Pipeline, describe_error, root_cause
-from ray_ministral.errors import ClusterError, RayMinistralError, StageDiedError
+from ray_ministral.driver.pipeline import Pipeline, describe_error, raise_if_ours
+from ray_ministral.errors import ClusterError, StageDiedError
 
 CHECK_EVERY_S = 5.0
 
@@ -51,9 +51,7 @@ class Calls:
         try:
             ray.get(reference)
         except RayTaskError as error:
-            cause = root_cause(error)
-            if isinstance(cause, RayMinistralError):
-                raise cause from None
+            raise_if_ours(error)
             raise ClusterError(f"a step failed: {describe_error(error)}") from error
         except RayActorError as error:
             if self._sampler._actor_id.hex() == error.actor_id:

@@ -24,12 +24,12 @@ from ray_ministral.driver.cluster import connected, resolve
 from ray_ministral.driver.feeder import Feeder, Prepared
 from ray_ministral.driver.job import CaptionJob
 from ray_ministral.driver.parts import PartTracker
-from ray_ministral.driver.pipeline import Pipeline, describe_error, root_cause
+from ray_ministral.driver.pipeline import Pipeline, describe_error, raise_if_ours, root_cause
 from ray_ministral.driver.progress import Progress
 from ray_ministral.driver.replica import Replica, RowKey, sample_key
 from ray_ministral.driver.stage_actor import stage_actor_class
 from ray_ministral.driver.summary import CaptionSummary
-from ray_ministral.errors import ClusterError, RayMinistralError, StageDiedError, TooManyErrorsError
+from ray_ministral.errors import ClusterError, StageDiedError, TooManyErrorsError
 
 logger = logging.getLogger(__name__)
 
@@ -278,9 +278,7 @@ class Captioner:
         try:
             info = ray.get(reference)
         except RayError as error:
-            cause = root_cause(error)
-            if isinstance(cause, RayMinistralError):
-                raise cause from None
+            raise_if_ours(error)
             shard = self._job.plan.shards[shard_index]
             raise ClusterError(f"{shard.part_name} cannot be written: {describe_error(error)}") from error
         self._tracker.committed(shard_index, info)

@@ -64,10 +64,8 @@ class Evaluator:
                 skipped += prepared.skipped
                 rows += len(prepared.samples) - len(prepared.skipped)
         if not rows:
-            first = skipped[0]
             raise InputError(
-                f"--eval {self._job.config.eval.path} has no row that can be used; the first, row {first.row} of row "
-                f"group {first.row_group} of {first.file}: {first.failure.error}"
+                f"--eval {self._job.config.eval.path} has no row that can be used; the first, {skipped[0]}"
             )
         return EvalResult(step, sum(losses) / targets, targets, rows, len(skipped)), skipped
 
@@ -91,8 +89,6 @@ class Evaluator:
     def _pack(self, prepared: PreparedSamples) -> tuple[TrainMicrobatch, ...]:
         """As a step's samples are packed."""
         config = self._job.config
-        if not any(sample is not None for sample in prepared.samples):
-            return ()
         return build_microbatches(
             [prepared.samples], num_microbatches(config.global_batch_size, config.microbatch_size)
         )

@@ -21,8 +21,8 @@ from ray.exceptions import RayError, RayTaskError
 from ray_ministral.captioning.prepare import CHUNK_ROWS
 from ray_ministral.captioning.request import PreparedChunk, PreparedRow, RowFailure
 from ray_ministral.data.shards import Shard
-from ray_ministral.driver.pipeline import describe_error, root_cause
-from ray_ministral.errors import ClusterError, RayMinistralError
+from ray_ministral.driver.pipeline import describe_error, raise_if_ours
+from ray_ministral.errors import ClusterError
 
 logger = logging.getLogger(__name__)
 
@@ -109,9 +109,7 @@ class Feeder:
                 self.fill()
                 continue
             except RayTaskError as error:
-                cause = root_cause(error)
-                if isinstance(cause, RayMinistralError):
-                    raise cause from None
+                raise_if_ours(error)
                 raise ClusterError(
                     f"rows of {unit.shards[0].file} cannot be prepared: {describe_error(error)}"
                 ) from error

@@ -154,9 +154,7 @@ class Pipeline:
                 try:
                     ray.get(load)
                 except RayTaskError as error:
-                    cause = root_cause(error)
-                    if isinstance(cause, RayMinistralError):
-                        raise cause from None
+                    raise_if_ours(error)
                     raise StageDiedError(f"{self.name}: stage {index} cannot load: {describe_error(error)}") from error
                 except RayActorError as error:
                     raise self.death(error) from error
@@ -167,6 +165,13 @@ def root_cause(error: BaseException) -> BaseException:
     while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
         error = error.cause
     return error
+
+
+def raise_if_ours(error: BaseException) -> None:
+    """Raise the root cause where it is an error of this package, which says by itself what is to be changed."""
+    cause = root_cause(error)
+    if isinstance(cause, RayMinistralError):
+        raise cause from None
 
 
 def describe_error(error: BaseException) -> str:

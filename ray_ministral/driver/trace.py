@@ -22,12 +22,13 @@ DRIVER = 0
 
 
 class Trace:
-    """Writes a timeline to `path`, or nothing where that is None."""
+    """Writes a timeline to `file`, or nothing where that is None."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, file: str | None) -> None:
         self._file: Any = None
         self._named: set[tuple[int, int]] = set()
-        if path is not None:
+        if file is not None:
+            path = Path(file)
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("w", encoding="utf-8")
             self._file.write("[\n")
@@ -50,6 +51,8 @@ class Trace:
 
     def compute(self, replica: int, stage: int, step: int, report: StageReport) -> None:
         """What a stage did in phase one of a step."""
+        if self._file is None:
+            return
         for span in report.spans:
             action = span.action
             values = {"step": step, "microbatch": action.microbatch, "chunk": action.chunk}

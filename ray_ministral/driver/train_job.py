@@ -125,11 +125,6 @@ class TrainJob:
             first_step=first_step,
         )
 
-    @property
-    def trace(self) -> Path | None:
-        """Where the timeline goes, if anywhere."""
-        return None if self.config.trace is None else Path(os.path.abspath(self.config.trace))
-
     def chunks(self, stages: int, samples: Sequence[TrainSample]) -> Partition:
         """The cut of the model for so many stages, by what `samples` cost; of none, by what a usual request does."""
         config = self.config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -10,14 +9,16 @@ import ray
 from ray_ministral.driver.evaluation import Get
 from ray_ministral.driver.pipeline import Pipeline
 from ray_ministral.driver.train_job import TrainJob
+from ray_ministral.driver.train_resume import CHECKPOINTS
 from ray_ministral.training.checkpoint import prune, temporary_folder
 
 
 class Saver:
     """One checkpoint at a time; the next one waits for the one before. `get` gives results of calls, or raises."""
 
-    def __init__(self, job: TrainJob, folder: Path, pipeline: Pipeline, get: Get) -> None:
-        self._job, self._folder, self._pipeline, self._get = job, folder, pipeline, get
+    def __init__(self, job: TrainJob, pipeline: Pipeline, get: Get) -> None:
+        self._job, self._pipeline, self._get = job, pipeline, get
+        self._folder = job.output / CHECKPOINTS
         self._step = 0
         self._temporary = ""
         self._parts: list[Any] = []

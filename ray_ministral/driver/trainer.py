@@ -74,7 +74,7 @@ class Trainer:
         started = time.monotonic()
         with ExitStack() as stack:
             self._log = log = stack.enter_context(TrainLog(job.output, job.total_steps, job.first_step))
-            self._trace = stack.enter_context(Trace(job.trace))
+            self._trace = stack.enter_context(Trace(self.config.trace))
             stack.enter_context(connected(self.config.address, self.config.pipeline))
             self._ahead: deque[tuple[int, Any, Any]] = deque()
             self._committing: tuple[int, list[Any]] = (0, [])
@@ -92,15 +92,11 @@ class Trainer:
                 seconds = time.monotonic() - begun
                 log.step(self._result(step, microbatches, reports, norm, rate, seconds), prepared.skipped)
                 self._saver.poll()
-                if self._evaluation_is_due(step + 1) or self._checkpoint_is_due(step + 1):
-                    self._settle()
                 # Before the checkpoint: a run that goes on from it needs no evaluation of it.
                 if self._evaluation_is_due(step + 1):
                     self._evaluate(step + 1)
                 if self._checkpoint_is_due(step + 1):
-                    with self._trace.driver("checkpoint", step=step + 1):
-                        self._saver.begin(step + 1)
-                    log.draw()
+                    self._save(step + 1)
             self._finish()
         return TrainSummary(
             steps=job.total_steps,
@@ -137,7 +133,7 @@ class Trainer:
         remove_attempts(job.output / CHECKPOINTS)
         if job.resume_from is not None:
             self._calls.everywhere("restore", str(job.resume_from))
-        self._saver = Saver(job, job.output / CHECKPOINTS, self._replicas[0], self._calls.get)
+        self._saver = Saver(job, self._replicas[0], self._calls.get)
         self._schedules = ScheduleMaker(self.config.schedule, self._stages, self._trainable_chunks())
         self._evaluator = self._captioner = None
         if job.eval_rows is not None:
@@ -193,18 +189,13 @@ class Trainer:
         prepared: PreparedSamples = self._calls.get([self._ahead[0][1]])[0]
         samples = [sample for sample in prepared.samples if sample is not None]
         if not samples:
-            row = prepared.skipped[0]
-            raise InputError(
-                f"none of the first {len(prepared.skipped)} rows of --train can be used; row {row.row} of row group "
-                f"{row.row_group} of {row.file}: {row.failure.error}"
-            )
+            skipped = prepared.skipped
+            raise InputError(f"none of the first {len(skipped)} rows of --train can be used; {skipped[0]}")
         return samples
 
     def _pack(self, prepared: PreparedSamples) -> list[tuple[TrainMicrobatch, ...]]:
         """The microbatches of each replica, in order, as even in number as can be."""
         wanted = num_microbatches(self.config.global_batch_size, self.config.microbatch_size)
-        if not any(sample is not None for sample in prepared.samples):
-            return [() for _ in self._replicas]
         microbatches = build_microbatches([prepared.samples], wanted)
         replicas = len(self._replicas)
         ends = [len(microbatches) * (replica + 1) // replicas for replica in range(replicas)]
@@ -212,7 +203,7 @@ class Trainer:
 
     def _compute(self, step: int, microbatches: list[tuple[TrainMicrobatch, ...]], pixels: Any) -> list[StageReport]:
         """Phase one, on every stage of every replica."""
-        total = max(1, sum(microbatch.num_targets for own in microbatches for microbatch in own))
+        total = max(1, _num_targets(microbatches))
         references = []
         for pipeline, own in zip(self._replicas, microbatches, strict=True):
             actions = self._schedules.schedule(len(own)).actions if own else ((),) * pipeline.num_stages
@@ -236,7 +227,7 @@ class Trainer:
         # Twins have the same gradients after their all-reduce: those of the first replica count.
         norms = {name: norm for report in reports[: self._stages] for name, norm in report.squared_norms.items()}
         norm, rate = global_norm(norms), self._job.learning_rate.at(step)
-        if any(microbatch.num_targets for own in microbatches for microbatch in own):
+        if _num_targets(microbatches):
             scale = clip_scale(norm, self.config.optimizer.clip_norm)
             self._committing = step, self._calls.start("commit", scale, rate)
         return norm, rate
@@ -261,14 +252,12 @@ class Trainer:
         rate: float,
         seconds: float,
     ) -> StepResult:
-        every = [microbatch for own in microbatches for microbatch in own]
-        targets = max(1, sum(microbatch.num_targets for microbatch in every))
         return StepResult(
             step=step + 1,
-            loss=sum(loss for report in reports for loss in report.losses) / targets,
+            loss=sum(loss for report in reports for loss in report.losses) / max(1, _num_targets(microbatches)),
             grad_norm=norm,
             learning_rate=rate,
-            tokens=sum(microbatch.num_tokens for microbatch in every),
+            tokens=sum(microbatch.num_tokens for own in microbatches for microbatch in own),
             seconds=seconds,
             stages=self._stages,
             generation=self._generation,
@@ -291,6 +280,7 @@ class Trainer:
 
     def _evaluate(self, done: int) -> None:
         """Loss and captions after `done` steps, where there is something to evaluate on."""
+        self._settle()
         if self._evaluator is not None and self._captioner is not None:
             with self._trace.driver("evaluation", step=done):
                 result, skipped = self._evaluator.loss(done)
@@ -301,6 +291,13 @@ class Trainer:
     def _checkpoint_is_due(self, done: int) -> bool:
         every = self.config.checkpoint_every
         return done == self._job.total_steps or (every is not None and done % every == 0)
+
+    def _save(self, done: int) -> None:
+        """Begin a checkpoint after `done` steps, and draw the curve so far."""
+        self._settle()
+        with self._trace.driver("checkpoint", step=done):
+            self._saver.begin(done)
+        self._log.draw()
 
     def _finish(self) -> None:
         """The last checkpoint's model becomes `final/`, under `--merge-lora` a whole one."""
@@ -314,3 +311,8 @@ class Trainer:
             self._calls.get([self._replicas[0].actors[0].merge.remote(str(done / MODEL), str(final))])
         else:
             publish_model(done, final)
+
+
+def _num_targets(microbatches: list[tuple[TrainMicrobatch, ...]]) -> int:
+    """Of a step, over all replicas."""
+    return sum(microbatch.num_targets for own in microbatches for microbatch in own)

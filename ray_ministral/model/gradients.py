@@ -58,14 +58,18 @@ class GradientAccumulator:
         self._begun.add(parameter)
         return True
 
+    def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """A gradient of any dtype goes into the fp32 sum."""
+        main_grad: Tensor = parameter.main_grad  # type: ignore[attr-defined]
+        if self.is_first(parameter):
+            main_grad.copy_(gradient)
+        else:
+            main_grad.add_(gradient)
+
     def _take(self, parameter: nn.Parameter) -> None:
         """What autograd has accumulated (of norms and the vision tower) goes into the fp32 sum."""
         if parameter.grad is not None:
-            main_grad: Tensor = parameter.main_grad  # type: ignore[attr-defined]
-            if self.is_first(parameter):
-                main_grad.copy_(parameter.grad)
-            else:
-                main_grad.add_(parameter.grad)
+            self.add(parameter, parameter.grad)
             parameter.grad = None
 
     def _linear(self, input: Tensor, weight: nn.Parameter, *_: Any, **__: Any) -> Tensor:  # noqa: A002  # megatron's name
@@ -108,14 +112,12 @@ class _Linear(torch.autograd.Function):
 
         @torch.no_grad()  # later it is not called from within a backward pass, and the input may want a gradient
         def weight_part() -> None:
-            main_grad: Tensor = weight.main_grad  # type: ignore[attr-defined]
             grad_2d, input_2d = grad_output.flatten(0, -2), input.flatten(0, -2)
             if weight.dtype == torch.float32:
+                main_grad: Tensor = weight.main_grad  # type: ignore[attr-defined]
                 main_grad.addmm_(grad_2d.t(), input_2d, beta=0 if accumulator.is_first(weight) else 1)
-            elif accumulator.is_first(weight):
-                main_grad.copy_(grad_2d.t().matmul(input_2d))
             else:
-                main_grad.add_(grad_2d.t().matmul(input_2d))
+                accumulator.add(weight, grad_2d.t().matmul(input_2d))
 
         if accumulator.deferred is None:
             weight_part()
@@ -145,9 +147,8 @@ class _Embedding(torch.autograd.Function):
             main_grad.zero_()
         rows, gradient = token_ids.flatten(), grads[0].flatten(0, -2).to(main_grad.dtype)
         if main_grad.is_cuda:
-            main_grad.index_put_(
-                (rows,), gradient, accumulate=True
-            )  # sorts, so it adds in one order; index_add_ does not
+            # It sorts, so it adds in one order; index_add_ does not.
+            main_grad.index_put_((rows,), gradient, accumulate=True)
         else:
             main_grad.index_add_(0, rows, gradient)
         return None, None, None

@@ -6,7 +6,7 @@ Every schedule gives the same bits, so a better one may take over between two st
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from statistics import median
 
@@ -46,7 +46,7 @@ class ScheduleMaker:
             for span in spans:
                 self._seconds[span.action.kind, span.action.chunk].append(span.end - span.start)
         if self._seen & (self._seen - 1) == 0:
-            self._durations = measured_durations(self._seconds, self._trainable)
+            self._durations = measured_durations(self._seconds, len(self._trainable))
             self._seconds.clear()
 
     def _schedule(self, microbatches: int, durations: Durations | None) -> Schedule:
@@ -64,18 +64,22 @@ class ScheduleMaker:
         )
 
 
-def measured_durations(seconds: dict[tuple[Kind, int], list[float]], trainable: Sequence[bool]) -> Durations:
-    """Of each chunk the median of each kind of action; `seconds` by kind and chunk. What was not seen takes none.
+def measured_durations(
+    seconds: Mapping[tuple[Kind, int], Sequence[float]],
+    num_chunks: int,
+    average: Callable[[Sequence[float]], float] = median,
+) -> Durations:
+    """Of each chunk the average of each kind of action; `seconds` by kind and chunk. What was not seen takes none.
 
     The backward counts as split where the weight part was seen by itself.
     """
 
     def row(kind: Kind) -> tuple[float, ...]:
-        return tuple(median(seconds.get((kind, chunk)) or [0.0]) for chunk in range(len(trainable)))
+        return tuple(average(seconds.get((kind, chunk)) or [0.0]) for chunk in range(num_chunks))
 
     forward, backward, weight = row(Kind.F), row(Kind.B), row(Kind.W)
     whole = tuple(one + other for one, other in zip(backward, weight, strict=True))
     handling = [
         value for (kind, _), values in seconds.items() if kind in {Kind.SEND_F, Kind.SEND_B} for value in values
     ]
-    return Durations(forward, whole, backward, weight, handling=median(handling or [0.0]))
+    return Durations(forward, whole, backward, weight, handling=average(handling or [0.0]))

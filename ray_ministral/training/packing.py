@@ -48,7 +48,8 @@ def build_microbatches(
 ) -> tuple[TrainMicrobatch, ...]:
     """The microbatches of a step from its samples, in order; None stands for a row that was skipped.
 
-    `blocks` are as they were prepared: the pixels of `blocks[b][r]` are row `r` of pixel block `b`.
+    Without a sample there are none. `blocks` are as they were prepared: the pixels of `blocks[b][r]` are row `r` of
+    pixel block `b`.
     """
     placed = [
         (sample, (block, row))

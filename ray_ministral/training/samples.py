@@ -79,6 +79,9 @@ class SkippedRow:
     row: int
     failure: RowFailure
 
+    def __str__(self) -> str:
+        return f"row {self.row} of row group {self.row_group} of {self.file}: {self.failure.error}"
+
 
 @dataclass(frozen=True, eq=False)
 class PreparedSamples:

@@ -70,7 +70,7 @@ class BackgroundWriter:
 
     def save(self, stage: TrainStage, folder: Path) -> Future[StagePart]:
         """Write a stage as it is now: beside what it does next if there is memory for a copy, else before that."""
-        if process_room() > SNAPSHOT_MARGIN * _snapshot_bytes(stage):
+        if _spare_memory() > SNAPSHOT_MARGIN * _snapshot_bytes(stage):
             return self.submit(snapshot(stage), folder)
         done: Future[StagePart] = Future()
         done.set_result(save_stage(stage, folder))
@@ -85,8 +85,8 @@ class BackgroundWriter:
         self._pool.shutdown()
 
 
-def process_room() -> int:
-    """Bytes of memory that this machine has to spare."""
+def _spare_memory() -> int:
+    """Bytes that this machine can give without taking them from anybody."""
     import psutil  # type: ignore[import-untyped]
 
     return int(psutil.virtual_memory().available)

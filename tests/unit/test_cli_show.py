@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -13,18 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_ministral.driver.summary import CaptionSummary
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.unit.example_scripts import script
 
 
 @pytest.fixture(scope="module")
 def show() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("show", ROOT / "examples" / "show.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("show")
 
 
 def row(number: int, caption: str | None, expected: str | None, status: str = "ok", error: str | None = None) -> dict:

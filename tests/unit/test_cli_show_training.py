@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -10,17 +9,12 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.unit.example_scripts import script
 
 
 @pytest.fixture(scope="module")
 def show() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("show_training", ROOT / "examples" / "show_training.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("show_training")
 
 
 def write(path: Path, lines: list[dict[str, Any]]) -> None:

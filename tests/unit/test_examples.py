@@ -5,21 +5,19 @@ Nothing is trained here; the slow test measures the model in the repository on t
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
-import sys
 from collections import Counter
 from io import BytesIO
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+from tests.unit.example_scripts import EXAMPLES, script
+
 MODEL = EXAMPLES / "model"
 
 
@@ -27,18 +25,6 @@ MODEL = EXAMPLES / "model"
 def _examples_importable(monkeypatch: pytest.MonkeyPatch) -> None:
     # The scripts import one another by name, as they do when they are run.
     monkeypatch.syspath_prepend(str(EXAMPLES))
-
-
-def script(name: str) -> ModuleType:
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def bundled() -> list[dict[str, object]]:

@@ -30,7 +30,7 @@ def events(path: Path) -> list[dict[str, Any]]:
 
 def test_events_lie_where_they_happened(tmp_path: Path) -> None:
     path = tmp_path / "new" / "trace.json"
-    with Trace(path) as trace:
+    with Trace(str(path)) as trace:
         with trace.driver("samples", step=1):
             pass
         trace.compute(0, 1, 1, REPORT)
