@@ -26,6 +26,7 @@ from ray_ministral.config import (  # noqa: E402
     Freezable,
     LearningRateName,
     OptimizerConfig,
+    OptimizerName,
     PipelineConfig,
     SampleConfig,
     ScheduleName,
@@ -127,6 +128,13 @@ def main(arguments: Sequence[str] | None = None, *, engine: Callable[[], Run] = 
     default=PipelineConfig.dtype,
     help="Of weights and activations; masters and moments are float32.",
 )
+@click.option(
+    "--optimizer",
+    "name",
+    type=click.Choice(get_args(OptimizerName)),
+    default=OptimizerConfig.name,
+    help="muon: for matrices; AdamW for embeddings and the rest.",
+)
 @click.option("--learning-rate", type=float, metavar="X", default=OptimizerConfig.learning_rate, help="At its peak.")
 @click.option("--warmup-steps", type=int, metavar="N", default=OptimizerConfig.warmup_steps, help="Linear warmup.")
 @click.option(
@@ -191,6 +199,7 @@ def command(engine: Callable[[], Run], /, **options: Any) -> None:
             (
                 OptimizerConfig,
                 (
+                    "name",
                     "learning_rate",
                     "warmup_steps",
                     "lr_schedule",

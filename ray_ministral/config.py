@@ -202,6 +202,7 @@ class CaptionConfig:
 
 
 ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zero-bubble"]
+OptimizerName = Literal["adamw", "muon"]
 LearningRateName = Literal["constant", "cosine", "linear"]
 Freezable = Literal["vision", "projector", "language"]
 
@@ -274,8 +275,12 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, clipping and the learning rate. No decay on norms and biases."""
+    """The optimizer, clipping and the learning rate. No decay on norms and biases.
 
+    `muon` steps the matrices of the layers by their orthogonalised momentum, and the rest as `adamw` does.
+    """
+
+    name: OptimizerName = "adamw"
     learning_rate: float = 1e-5
     warmup_steps: int = 0
     lr_schedule: LearningRateName = "constant"

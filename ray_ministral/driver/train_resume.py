@@ -38,7 +38,7 @@ def pinned(config: TrainConfig, model_dir: str) -> dict[str, Any]:
     model = model_identity(model_dir)
     if config.lora_rank is None:
         del model["weights"]  # all of them are in the checkpoint
-    return {name: _plain(values[name]) for name in PINNED} | {"model": model}
+    return {name: _plain(values[name]) for name in PINNED} | {"optimizer": config.optimizer.name, "model": model}
 
 
 def _plain(value: Any) -> Any:

@@ -79,7 +79,12 @@ class TensorSlot:
 
     def put(self, tensor: Tensor, values: Tensor) -> None:
         """Set the slot's part of `values`, shaped as the parameter, from a Hugging Face tensor of any float dtype."""
-        self.region(values).copy_(tensor.unflatten(0, (self.groups, -1)))
+        self.region(values).copy_(self.blocks(tensor))
+
+    def blocks(self, tensor: Tensor) -> Tensor:
+        """A Hugging Face tensor laid out as its `region` is: `[groups, rows, …]`, a view."""
+        blocks: Tensor = tensor.unflatten(0, (self.groups, -1))
+        return blocks
 
     def write(self, tensor: Tensor) -> None:
         """Set the parameter's part from a Hugging Face tensor of any float dtype and device."""
@@ -294,9 +299,14 @@ def finish_save(config: Mistral3Config, directory: str | os.PathLike[str], weigh
     config.save_pretrained(directory)
 
 
+def parameter_slots(model: Ministral3Model) -> dict[nn.Parameter, dict[str, TensorSlot]]:
+    """Every parameter of a chunk, adapters included, with the slots that it consists of."""
+    parameters: dict[nn.Parameter, dict[str, TensorSlot]] = {}
+    for name, slot in all_slots(model).items():
+        parameters.setdefault(slot.parameter, {})[name] = slot
+    return parameters
+
+
 def parameter_names(model: Ministral3Model) -> dict[str, nn.Parameter]:
     """Every parameter of a chunk once, by the global name of its tensor; of a fused one, by the name of the first."""
-    names: dict[nn.Parameter, str] = {}
-    for name, slot in all_slots(model).items():
-        names.setdefault(slot.parameter, name)
-    return {name: parameter for parameter, name in names.items()}
+    return {next(iter(slots)): parameter for parameter, slots in parameter_slots(model).items()}

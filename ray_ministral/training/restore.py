@@ -14,17 +14,15 @@ from ray_ministral.model.architecture import is_tied
 from ray_ministral.model.checkpoint import EMBEDDING, OUTPUT_LAYER, canonical_name
 from ray_ministral.model.low_rank import adapters_of
 from ray_ministral.model.ministral3 import Ministral3Model
-from ray_ministral.model.weights import TensorSlot, all_slots, parameter_names
+from ray_ministral.model.weights import TensorSlot, parameter_slots
 from ray_ministral.training.checkpoint import MODEL, OPTIMIZER
 from ray_ministral.training.model_directory import ADAPTER_CONFIG
-from ray_ministral.training.optimizer import MASTER, AdamW
+from ray_ministral.training.muon import STEP
+from ray_ministral.training.optimizer import MASTER, Optimizer
 from ray_ministral.training.stage import TrainStage
 
 Read = Callable[[str], Tensor | None]
 """A weight by its global name, a tensor of the optimizer by NAME.kind; None where there is none."""
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-STEP = "step"
 
 
 def load_stage(stage: TrainStage, checkpoint: Path) -> None:
@@ -54,15 +52,15 @@ def restore(stage: TrainStage, read: Read, source: str) -> None:
 class _Chunk:
     """One chunk while it is restored, a parameter at a time."""
 
-    def __init__(self, chunk: Ministral3Model, optimizer: AdamW, read: Read, source: str) -> None:
+    def __init__(self, chunk: Ministral3Model, optimizer: Optimizer, read: Read, source: str) -> None:
         self._optimizer, self._read, self._source = optimizer, read, source
-        self._keys = {parameter: name for name, parameter in parameter_names(chunk).items()}
         self._adapted = next(adapters_of(chunk), None) is not None
-        tied = is_tied(chunk.hf_config)
-        self.slots: dict[nn.Parameter, dict[str, TensorSlot]] = {}
-        for name, slot in all_slots(chunk).items():
-            stored = EMBEDDING if tied and name == OUTPUT_LAYER else name
-            self.slots.setdefault(slot.parameter, {})[stored] = slot
+        stored = {OUTPUT_LAYER: EMBEDDING} if is_tied(chunk.hf_config) else {}
+        self.slots = {
+            parameter: {stored.get(name, name): slot for name, slot in slots.items()}
+            for parameter, slots in parameter_slots(chunk).items()
+        }
+        self._keys = {parameter: next(iter(slots)) for parameter, slots in parameter_slots(chunk).items()}
 
     def restore(self, parameter: nn.Parameter) -> None:
         if not parameter.requires_grad:
@@ -89,7 +87,7 @@ class _Chunk:
                 f"({', '.join(str(count) for count in counts)} times): this checkpoint was not written by this project"
             )
         moments = {STEP: torch.tensor(counts.pop(), dtype=torch.float32)}
-        for kind in MOMENTS:
+        for kind in self._optimizer.moments(self._keys[parameter]):
             values = torch.empty_like(like)
             for name, slot in slots.items():
                 slot.put(self._fitting(name, slot, self._wanted(f"{name}.{kind}")), values)
@@ -100,7 +98,8 @@ class _Chunk:
         tensor = self._read(name)
         if tensor is None:
             raise InputError(
-                f"{self._source} has no tensor {name!r}: it was written for another model or with another --lora-rank"
+                f"{self._source} has no tensor {name!r}: it was written for another model, or with another "
+                "--lora-rank or --optimizer"
             )
         return tensor
 

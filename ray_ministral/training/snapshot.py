@@ -16,11 +16,11 @@ from ray_ministral.model.architecture import is_tied
 from ray_ministral.model.checkpoint import OUTPUT_LAYER
 from ray_ministral.model.low_rank import adapters_of
 from ray_ministral.model.ministral3 import Ministral3Model
-from ray_ministral.model.weights import all_slots, parameter_names, stored_tensors, weight_file_name
+from ray_ministral.model.weights import parameter_slots, stored_tensors, weight_file_name
 from ray_ministral.training.checkpoint import MODEL, OPTIMIZER, StagePart
 from ray_ministral.training.files import seal
 from ray_ministral.training.lora import adapter_tensors
-from ray_ministral.training.optimizer import AdamW
+from ray_ministral.training.optimizer import Optimizer
 from ray_ministral.training.stage import TrainStage
 
 WRITER_NICENESS = 10
@@ -138,15 +138,14 @@ def _file(path: str, tensors: dict[str, Tensor], copy: bool) -> TensorFile:
     )
 
 
-def _optimizer_tensors(chunk: Ministral3Model, optimizer: AdamW) -> Iterator[tuple[str, Tensor]]:
+def _optimizer_tensors(chunk: Ministral3Model, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
     """Masters and moments of what is trained; the output layer of a tied model has those of the embedding."""
-    keys = {parameter: name for name, parameter in parameter_names(chunk).items()}
     tied = is_tied(chunk.hf_config)
-    for name, slot in all_slots(chunk).items():
-        if not slot.parameter.requires_grad or (tied and name == OUTPUT_LAYER):
+    for parameter, slots in parameter_slots(chunk).items():
+        key = next(iter(slots))
+        if not parameter.requires_grad or (tied and key == OUTPUT_LAYER):
             continue
-        for kind, values in optimizer.state(keys[slot.parameter]).items():
-            yield (
-                f"{name}.{kind}",
-                slot.read(values) if values.ndim else values.clone(),
-            )  # one count for several tensors
+        state = optimizer.state(key)
+        for name, slot in slots.items():
+            for kind, values in state.items():  # one count for several tensors
+                yield f"{name}.{kind}", slot.read(values) if values.ndim else values.clone()

@@ -21,14 +21,14 @@ from ray_ministral.model.checkpoint import EMBEDDING, OUTPUT_LAYER
 from ray_ministral.model.gradients import GradientAccumulator, WeightPart
 from ray_ministral.model.ministral3 import Ministral3Model
 from ray_ministral.model.packed import PackedBatch
-from ray_ministral.model.weights import all_slots, parameter_names
+from ray_ministral.model.weights import all_slots
 from ray_ministral.pipeline.pixels import PixelTable
 from ray_ministral.pipeline.schedule import Action, Kind
 from ray_ministral.pipeline.simulator import Span
 from ray_ministral.pipeline.stage import process_memory
 from ray_ministral.pipeline.transport import Transport, Twins
 from ray_ministral.training.mailbox import TIED_TAG, Mailbox
-from ray_ministral.training.optimizer import AdamW
+from ray_ministral.training.optimizer import Optimizer
 from ray_ministral.training.plan import IGNORED, StageReport, TrainMicrobatch, TrainPlan
 
 Pixels = list[list[np.ndarray]]
@@ -59,13 +59,8 @@ class TrainStage:
         self._device = next(first.parameters()).device
         self._tied = is_tied(first.hf_config)
         self._accumulators = {number: GradientAccumulator(chunk) for number, chunk in self.chunks.items()}
-        self._parameters = {
-            name: parameter
-            for chunk in self.chunks.values()
-            for name, parameter in parameter_names(chunk).items()
-            if parameter.requires_grad
-        }
-        self.optimizer = AdamW(self._parameters, optimizer)
+        self.optimizer = Optimizer(list(self.chunks.values()), optimizer)
+        self._parameters = self.optimizer.parameters
         self._pixels = None if pixel_table is None else PixelTable(pixel_table, self._dtype, self._device)
         self._reset()
 

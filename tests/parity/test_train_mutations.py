@@ -19,7 +19,7 @@ from torch import Tensor
 from ray_ministral.model.checkpoint import EMBEDDING, OUTPUT_LAYER
 from ray_ministral.pipeline.schedule import Action, Kind
 from ray_ministral.training import targets
-from ray_ministral.training.optimizer import AdamW
+from ray_ministral.training.optimizer import Optimizer
 from ray_ministral.training.plan import TrainMicrobatch, TrainPlan
 from ray_ministral.training.rates import LearningRate, clip_scale, global_norm
 from ray_ministral.training.stage import TrainStage
@@ -215,14 +215,14 @@ def all_groups(name: str, **options: Any) -> Mutation:
     """Other options of the optimizer for all parameters."""
 
     def mutation(patch: pytest.MonkeyPatch) -> None:
-        init = AdamW.__init__
+        init = Optimizer.__init__
 
-        def broken(self: AdamW, *arguments: Any) -> None:
+        def broken(self: Optimizer, *arguments: Any) -> None:
             init(self, *arguments)
-            for group in self._optimizer.param_groups:
+            for group in self._optimizers[0].param_groups:
                 group.update(options)
 
-        patch.setattr(AdamW, "__init__", broken)
+        patch.setattr(Optimizer, "__init__", broken)
 
     mutation.__name__ = name
     return mutation
