@@ -36,14 +36,14 @@ COPIED = ("chat_template.jinja", "processor_config.json", "tokenizer.json", "tok
 class Recipe:
     """How the model is trained; the defaults made the model in the repository."""
 
-    steps: int = 4096
+    steps: int = 6400
     batch: int = 32
     microbatch: int = 16
-    learning_rate: float = 2e-3
-    warmup: int = 200
-    weight_decay: float = 0.05
+    learning_rate: float = 3e-3
+    warmup: int = 150
+    weight_decay: float = 0.02
     beta2: float = 0.98
-    checkpoint_every: int = 250
+    checkpoint_every: int = 400
 
     def command(self, first: Path, pairs: Path, output: Path, seed: int) -> list[str]:
         """The training job: two stages of a thread each, on a Ray cluster of its own."""
@@ -53,7 +53,7 @@ class Recipe:
             *("--stages", "2", "--threads-per-stage", "1", "--dtype", "float32", "--seed", str(seed)),
             *("--steps", str(self.steps), "--checkpoint-every", str(self.checkpoint_every)),
             *("--global-batch-size", str(self.batch), "--microbatch-size", str(self.microbatch)),
-            *("--learning-rate", str(self.learning_rate), "--lr-schedule", "cosine"),
+            *("--optimizer", "muon", "--learning-rate", str(self.learning_rate), "--lr-schedule", "cosine"),
             *("--warmup-steps", str(self.warmup), "--weight-decay", str(self.weight_decay)),
             *("--adam-beta2", str(self.beta2)),
         ]
