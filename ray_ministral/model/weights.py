@@ -300,13 +300,11 @@ def finish_save(config: Mistral3Config, directory: str | os.PathLike[str], weigh
 
 
 def parameter_slots(model: Ministral3Model) -> dict[nn.Parameter, dict[str, TensorSlot]]:
-    """Every parameter of a chunk, adapters included, with the slots that it consists of."""
+    """Every parameter of a chunk, adapters included, with the slots that it consists of.
+
+    The name of the first slot is the parameter's own where it needs one.
+    """
     parameters: dict[nn.Parameter, dict[str, TensorSlot]] = {}
     for name, slot in all_slots(model).items():
         parameters.setdefault(slot.parameter, {})[name] = slot
     return parameters
-
-
-def parameter_names(model: Ministral3Model) -> dict[str, nn.Parameter]:
-    """Every parameter of a chunk once, by the global name of its tensor; of a fused one, by the name of the first."""
-    return {next(iter(slots)): parameter for parameter, slots in parameter_slots(model).items()}

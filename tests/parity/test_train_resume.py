@@ -33,7 +33,7 @@ from tests.parity.small_models import quiet_transformers
 from tests.parity.train_harness import Pipeline
 from tests.parity.train_runs import CLIP_NORM, FOUR, INTERLEAVED, ONE, THREE, TWO, Layout, make_batch, run
 
-DECAY = OptimizerConfig(weight_decay=0.1)
+OPTIMIZERS = {name: OptimizerConfig(name=name, weight_decay=0.1) for name in ("adamw", "muon")}
 LORA = LoraOptions(4, alpha=8)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -75,11 +75,13 @@ def assert_same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tens
     assert not different
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    ("tied", "optimizer"), [(False, "adamw"), (True, "adamw"), (True, "muon")], ids=["untied", "tied", "muon"]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ten_and_ten_are_twenty(dtype: str, tied: bool, directory: Any, tmp_path: Path) -> None:
+def test_ten_and_ten_are_twenty(dtype: str, tied: bool, optimizer: str, directory: Any, tmp_path: Path) -> None:
     model_dir = directory(tied=tied)
-    options: dict[str, Any] = {"dtype": DTYPES[dtype], "optimizer": DECAY}
+    options: dict[str, Any] = {"dtype": DTYPES[dtype], "optimizer": OPTIMIZERS[optimizer]}
     whole = TWO.pipeline(model_dir, **options)
     curve = run(whole, TWO, range(20))
     assert min(norm for _, norm in curve) > CLIP_NORM, "clipping must be active"
@@ -166,8 +168,8 @@ def test_moments_are_those_of_the_named_tensor(directory: Any, tmp_path: Path) -
     tensors = stored(save(pipeline, tmp_path, 1, model_dir))
     assert len(gradients) > 40
     for name, gradient in gradients.items():
-        torch.testing.assert_close(tensors[f"{name}.exp_avg"], gradient * (1 - DECAY.adam_beta1))
-        torch.testing.assert_close(tensors[f"{name}.exp_avg_sq"], gradient**2 * (1 - DECAY.adam_beta2))
+        torch.testing.assert_close(tensors[f"{name}.exp_avg"], gradient * (1 - OPTIMIZERS["adamw"].adam_beta1))
+        torch.testing.assert_close(tensors[f"{name}.exp_avg_sq"], gradient**2 * (1 - OPTIMIZERS["adamw"].adam_beta2))
 
 
 def test_a_snapshot_is_the_stage_at_that_step(directory: Any, tmp_path: Path) -> None:
@@ -275,14 +277,17 @@ def masters_from_weights(patch: pytest.MonkeyPatch) -> None:
 
 def swap_gate_and_up(patch: pytest.MonkeyPatch) -> None:
     """Two tensors of one parameter and one shape: nothing but the name tells their moments apart."""
-    slots = snapshot_module.all_slots
+    parameters = snapshot_module.parameter_slots
     other = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
 
     def change(model: Any) -> Any:
-        found = slots(model)
-        return {name: found[re.sub("gate_proj|up_proj", lambda m: other[m[0]], name)] for name in found}
+        found = parameters(model)
+        for slots in found.values():
+            swapped = {name: re.sub("gate_proj|up_proj", lambda m: other[m[0]], name) for name in slots}
+            slots.update({name: slots[instead] for name, instead in swapped.items() if instead in slots})
+        return found
 
-    patch.setattr(snapshot_module, "all_slots", change)
+    patch.setattr(snapshot_module, "parameter_slots", change)
 
 
 @pytest.mark.parametrize("mutation", [forget_moments, restart_the_step_count, masters_from_weights, swap_gate_and_up])

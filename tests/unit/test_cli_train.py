@@ -48,7 +48,7 @@ def test_every_option_arrives() -> None:
         "--freeze vision --freeze projector --lora-rank 8 --recompute --checkpoint-every 9 --keep-checkpoints 10 "
         "--resume never --address local --eval held.parquet --eval-every 11 --eval-limit 12 --eval-captions 13 "
         "--eval-max-new-tokens 14 --system-prompt brief --max-tokens 15 --lora-alpha 16 --merge-lora --min-stages 3 "
-        "--max-stages 5"
+        "--max-stages 5 --optimizer muon"
     )
     assert config_of(*text.split()) == TrainConfig(
         model="m",
@@ -59,6 +59,7 @@ def test_every_option_arrives() -> None:
         ),
         eval=EvalConfig("held.parquet", every=11, limit=12, captions=13, max_new_tokens=14),
         optimizer=OptimizerConfig(
+            name="muon",
             learning_rate=0.1,
             warmup_steps=7,
             lr_schedule="cosine",
