@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ray_ministral.captioning.plan import Prefill, StepPlan
+from ray_ministral.captioning.plan import Prefill, StepPlan, in_blocks
 
 FinishCheck = Callable[[Sequence[int]], str | None]
 """Given the generated ids, the finish reason (`stop`) or None to go on."""
@@ -180,7 +180,6 @@ class BatchScheduler:
             step=self._steps,
             microbatch=microbatch.index,
             moves=tuple(microbatch.moves),
-            capacity=max(request.kv_tokens for request in sequences),
             token_ids=np.concatenate([fed, *(request.token_ids for request in microbatch.entering)]).astype(np.int32),
             decode_positions=np.asarray([_next_position(request) - 1 for request in decoding], dtype=np.int32),
             prefills=tuple(prefills),
@@ -199,16 +198,15 @@ class BatchScheduler:
         share = -(-(self.active + len(self.waiting)) // len(self.microbatches))
         limit = min(self._rows_limit, share)
         admitted: list[Request] = []
-        longest = max((request.kv_tokens for request in microbatch.running), default=0)
+        held = sum(in_blocks(request.kv_tokens) for request in microbatch.running)
         prompt_tokens = 0
         while self.waiting and len(microbatch.running) + len(admitted) < limit:
             request = self.waiting[0]
-            rows = len(microbatch.running) + len(admitted)
-            longest = max(longest, request.kv_tokens)
+            held += in_blocks(request.kv_tokens)
             prompt_tokens += len(request.token_ids)
             # The first one always goes in: it fits on its own, and waiting would not make it smaller.
-            too_many = request.alone or longest * (rows + 1) > self._kv_limit
-            if (rows and too_many) or (admitted and prompt_tokens > self._prefill_limit):
+            too_many = request.alone or held > self._kv_limit
+            if ((microbatch.running or admitted) and too_many) or (admitted and prompt_tokens > self._prefill_limit):
                 break
             admitted.append(self.waiting.popleft())
             if request.alone:

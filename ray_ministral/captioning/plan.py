@@ -6,6 +6,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+BLOCK_TOKENS = 64
+"""The KV cache of a sequence is given out in blocks of so many tokens."""
+
+
+def in_blocks(tokens: int) -> int:
+    """`tokens`, rounded up to whole blocks."""
+    return -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS
+
 
 @dataclass(frozen=True)
 class Prefill:
@@ -28,7 +36,7 @@ class StepPlan:
 
     The stream is one token of each decoding sequence, then the pieces of prompts. Decoding sequences have the slots 0
     to `len(decode_positions) - 1` in this order; prompts have slots above. Before anything else each of `moves` (from,
-    to) carries a sequence to the slot of one that has ended. `capacity` is how many tokens a slot must be able to hold.
+    to) carries a sequence to the slot of one that has ended.
 
     token_ids: int32 [T], for the first stage. decode_positions: int32, the position of each decoding sequence's token.
     sample_keys, sample_positions: uint64 and int64, for each token to sample (decoding sequences, then prompts that
@@ -38,7 +46,6 @@ class StepPlan:
     step: int
     microbatch: int
     moves: tuple[tuple[int, int], ...]
-    capacity: int
     token_ids: np.ndarray
     decode_positions: np.ndarray
     prefills: tuple[Prefill, ...]

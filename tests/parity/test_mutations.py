@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from ray_ministral.captioning import kv_cache
+from ray_ministral.captioning import plan as plan_module
 from ray_ministral.captioning.kv_cache import CachedAttention, KVCache
 from ray_ministral.captioning.plan import StepPlan
 from ray_ministral.captioning.stage import CaptionStage
@@ -119,28 +121,46 @@ def drop_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(KVCache, "prepare", lambda self, plan: prepare(self, dataclasses.replace(plan, moves=())))
 
 
-def turn_moves_round(monkeypatch: pytest.MonkeyPatch) -> None:
+def move_into_the_wrong_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where two sequences move, each goes where the other should."""
     prepare = KVCache.prepare
-    monkeypatch.setattr(
-        KVCache,
-        "prepare",
-        lambda self, plan: prepare(self, dataclasses.replace(plan, moves=tuple((b, a) for a, b in plan.moves))),
-    )
+
+    def broken(self: KVCache, plan: StepPlan) -> None:
+        sources, targets = [move[0] for move in plan.moves], [move[1] for move in plan.moves]
+        prepare(self, dataclasses.replace(plan, moves=tuple(zip(sources, targets[::-1], strict=True))))
+
+    monkeypatch.setattr(KVCache, "prepare", broken)
 
 
-def share_one_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = CaptionStage._cache
-    monkeypatch.setattr(CaptionStage, "_cache", lambda self, microbatch: cache(self, 0))
+def leave_behind_what_outgrows_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence that moves to the next bank finds it empty."""
+    prepare = KVCache.prepare
+
+    def broken(self: KVCache, plan: StepPlan) -> None:
+        before = {slot: self.place(slot)[0] for slot in range(plan.num_decode) if slot in self._places}
+        prepare(self, plan)
+        for slot, capacity in before.items():
+            if not plan.moves and self.place(slot)[0] > capacity:
+                for layer in range(len(self.banks[self.place(slot)[0]].layers)):
+                    self.row(layer, slot).zero_()
+
+    monkeypatch.setattr(KVCache, "prepare", broken)
 
 
-def forget_the_length_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+def mix_up_the_banks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the banks give stays in their order."""
     init = CachedAttention.__init__
 
     def broken(self: CachedAttention, *arguments: Any) -> None:
         init(self, *arguments)
-        self.mask_NP = None
+        self._back_N = None
 
     monkeypatch.setattr(CachedAttention, "__init__", broken)
+
+
+def forget_the_length_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = kv_cache._decoding
+    monkeypatch.setattr(kv_cache, "_decoding", lambda *given: dataclasses.replace(made(*given), mask_NP=None))
 
 
 def sample_a_row_early(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +219,7 @@ def detached_images(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def captions_agree(reference: Any, directory: Any) -> Callable[[], None]:
-    """H in small: three rows a microbatch, two stages, captions of different lengths, slots reused."""
+    """H in small: few rows a microbatch, two stages, captions of different lengths, slots reused, small blocks."""
     rows = [row for turn in (10, 11) for row in mixed_rows(turn)]
     free = generate(reference(), rows)
     stop_ids = [free[0][2], free[4][5]]
@@ -207,9 +227,11 @@ def captions_agree(reference: Any, directory: Any) -> Callable[[], None]:
     assert margins(reference(), rows, free) > 1e-4
 
     def check() -> None:
-        run = caption(directory(), rows, split=(1, 3), rows_per_microbatch=3, stop_ids=stop_ids)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plan_module, "BLOCK_TOKENS", 8)
+            run = caption(directory(), rows, split=(1, 3), rows_per_microbatch=6, stop_ids=stop_ids, microbatches=2)
         assert run.captions == expected
-        assert run.moves
+        assert max(len(plan.moves) for plan in run.plans) > 1
 
     return check
 
@@ -224,8 +246,9 @@ def captions_agree(reference: Any, directory: Any) -> Callable[[], None]:
         scale_keys_too,
         no_yarn,
         drop_moves,
-        turn_moves_round,
-        share_one_cache,
+        move_into_the_wrong_slot,
+        leave_behind_what_outgrows_its_block,
+        mix_up_the_banks,
         forget_the_length_mask,
         sample_a_row_early,
         swap_the_normalisation_table,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ray_ministral.captioning.batching import BatchScheduler, Launch, Request
-from ray_ministral.captioning.plan import StepPlan
+from ray_ministral.captioning.plan import StepPlan, in_blocks
 
 STOP = 0
 
@@ -19,7 +19,7 @@ def make_scheduler(**changes: int) -> BatchScheduler:
     options = {
         "microbatches": 3,
         "rows_per_microbatch": 4,
-        "kv_tokens_per_microbatch": 100,
+        "kv_tokens_per_microbatch": 256,
         "prefill_tokens_per_step": 30,
     }
     return BatchScheduler(**{**options, **changes}, finish_check=lambda ids: "stop" if ids[-1] == STOP else None)
@@ -88,8 +88,9 @@ class Machine:
         plan = launch.plan
         keys = plan.sample_keys.tolist()
         assert len(set(keys)) == len(keys) == plan.num_slots <= self.limits["rows_per_microbatch"]
-        assert plan.num_slots * plan.capacity <= self.limits["kv_tokens_per_microbatch"]
-        assert all(self.held[key] <= plan.capacity for key in keys)
+        reserved = [in_blocks(self.requests[key].kv_tokens) for key in keys]
+        assert sum(reserved) <= self.limits["kv_tokens_per_microbatch"] or len(keys) == 1
+        assert all(self.held[key] <= self.requests[key].kv_tokens for key in keys)
         prompt_tokens = sum(piece.length for piece in plan.prefills)
         assert prompt_tokens <= self.limits["prefill_tokens_per_step"] or len(plan.prefills) == 1
         if any(self.requests[key].alone for key in keys):
@@ -106,7 +107,7 @@ def test_any_order_of_events(seed: int, fail_rate: float) -> None:
     limits = {
         "microbatches": chance.randint(1, 5),
         "rows_per_microbatch": chance.randint(1, 6),
-        "kv_tokens_per_microbatch": chance.randint(40, 200),
+        "kv_tokens_per_microbatch": chance.randint(40, 400),
         "prefill_tokens_per_step": chance.randint(1, 60),
     }
     stop_rate = chance.choice([0.0, 0.2, 0.9])
@@ -213,7 +214,9 @@ def test_a_prompt_beyond_the_step_limit_enters_beside_rows_that_decode() -> None
 
 
 def test_the_last_rows_move_into_the_holes() -> None:
-    scheduler = make_scheduler(microbatches=1, rows_per_microbatch=6, prefill_tokens_per_step=99)
+    scheduler = make_scheduler(
+        microbatches=1, rows_per_microbatch=6, prefill_tokens_per_step=99, kv_tokens_per_microbatch=1000
+    )
     for key in range(6):
         scheduler.add(make_request(key, length=2))
     launch = scheduler.launches()[0]

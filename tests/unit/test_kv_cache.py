@@ -22,18 +22,13 @@ def make_cache(budget: int = 10_000) -> KVCache:
 
 
 def make_plan(
-    decode: list[int] | None = None,
-    prefills: list[tuple[int, int, int]] | None = None,
-    *,
-    capacity: int = 10,
-    moves: Any = (),
+    decode: list[int] | None = None, prefills: list[tuple[int, int, int]] | None = None, *, moves: Any = ()
 ) -> StepPlan:
     """`decode` are positions; `prefills` are (slot, start, length)."""
     return StepPlan(
         step=0,
         microbatch=0,
         moves=tuple(moves),
-        capacity=capacity,
         token_ids=np.empty(0, np.int32),
         decode_positions=np.asarray(decode or [], dtype=np.int32),
         prefills=tuple(Prefill(slot, start, length, True) for slot, start, length in prefills or []),
@@ -42,64 +37,75 @@ def make_plan(
     )
 
 
-def shapes(cache: KVCache) -> tuple[int, int]:
-    """(slots, capacity), the same in each layer."""
-    (shape,) = {tuple(layer.shape) for layer in cache.layers}
-    assert (shape[0], shape[2], shape[4]) == (2, GROUPS, DIM)
-    return shape[1], shape[3]
-
-
 def test_an_empty_cache_holds_nothing() -> None:
     assert make_cache().nbytes == 0
 
 
-def test_growth_keeps_contents_and_zeroes_the_rest() -> None:
+def test_memory_follows_what_sequences_hold() -> None:
+    """One of a thousand tokens beside twenty short ones: each has its own blocks, and gives them back."""
     cache = make_cache()
-    cache.prepare(make_plan(prefills=[(0, 0, 3), (1, 0, 3)]))
-    slots, capacity = shapes(cache)
-    assert slots >= 2
-    assert capacity >= 10
-    before = []
-    for layer in cache.layers:
-        layer[:, :2] = torch.randn_like(layer[:, :2])
-        before.append(layer[:, :2].clone())
-    cache.prepare(make_plan([3, 3], [(slot, 0, 3) for slot in range(2, 20)], capacity=200))
-    assert shapes(cache) >= (20, 200)
-    assert cache.nbytes == sum(layer.nbytes for layer in cache.layers) > 0
-    for layer, old in zip(cache.layers, before, strict=True):
-        assert torch.equal(layer[:, :2, :, :capacity], old)
-        assert not layer[:, 2:].any()
-        assert not layer[:, :, :, capacity:].any()
+    short = [(slot, 0, 3) for slot in range(1, 21)]
+    cache.prepare(make_plan(prefills=[(0, 0, 1000), *short]))
+    element = 2 * GROUPS * DIM * 4 * LAYERS
+    needed = 1024 + 20 * 64
+    assert needed <= cache.tokens <= 1.3 * needed + 1024
+    assert cache.nbytes == cache.tokens * element
+    cache.prepare(make_plan([3] * 20, moves=[(20, 0)]))
+    assert 20 * 64 <= cache.tokens <= 1.3 * 20 * 64
+    cache.prepare(make_plan([4]))
+    assert cache.tokens <= 10 * 64
+    cache.prepare(make_plan())
+    assert cache.tokens == cache.nbytes == 0
 
 
-def test_no_growth_where_there_is_room() -> None:
+def test_nothing_is_copied_where_there_is_room() -> None:
     cache = make_cache()
     cache.prepare(make_plan(prefills=[(0, 0, 3), (1, 0, 3)]))
-    layers = list(cache.layers)
+    layers = list(cache.banks[64].layers)
     cache.prepare(make_plan([3, 3]))
-    assert all(a is b for a, b in zip(layers, cache.layers, strict=True))
+    cache.prepare(make_plan([4, 4]))
+    assert all(a is b for a, b in zip(layers, cache.banks[64].layers, strict=True))
 
 
-def test_prompts_that_are_half_in_survive_growth() -> None:
+def test_a_new_row_is_finite_whatever_was_there() -> None:
+    """A masked place counts 0 times: of a NaN that would be a NaN."""
     cache = make_cache()
-    cache.prepare(make_plan([5], [(1, 0, 4)]))
-    for layer in cache.layers:
-        layer[:, 1, :, :4] = 7
-    cache.prepare(make_plan([6], [(1, 4, 4)], capacity=500))
-    assert all(bool((layer[:, 1, :, :4] == 7).all()) for layer in cache.layers)
+    cache.prepare(make_plan(prefills=[(0, 0, 3), (1, 0, 3)]))
+    for layer in cache.banks[64].layers:
+        layer.fill_(float("nan"))
+    cache.prepare(make_plan(prefills=[(0, 0, 5)]))
+    assert all(bool((cache.row(layer, 0) == 0).all()) for layer in range(LAYERS))
 
 
-@pytest.mark.parametrize("seed", range(30))
+def test_the_budget_is_kept_where_that_is_possible() -> None:
+    cache = make_cache(budget=128)
+    cache.prepare(make_plan(prefills=[(0, 0, 3), (1, 0, 3)]))
+    assert cache.tokens == 128
+    cache.prepare(make_plan([3, 64]))
+    assert cache.tokens == 64 + 128, "the sequences themselves need more"
+
+
+@pytest.mark.parametrize("seed", range(40))
 def test_random_plans(seed: int) -> None:
-    """Sequences come, move, grow and end; what each has written is found in its slot, and memory stays in bounds."""
+    """Sequences come (some in pieces), move, grow through the blocks and end; what each has written is found again.
+
+    A sequence writes its own mark at each position, as decoding does.
+    """
     chance = random.Random(seed)
-    budget = chance.choice([60, 300, 5000])
-    cache = make_cache(budget)
-    slots: list[tuple[float, int]] = []  # by slot: the mark of a sequence, and the capacity that it needs
+    cache = make_cache()
+    slots: list[tuple[float, int]] = []  # by slot: the mark of a sequence, and the tokens that it holds
+    half_in: list[tuple[float, int]] = []  # prompts of which a piece is in; they come after the decoding ones
     mark = 0.0
-    for _ in range(60):
+
+    def check(slot: int, value: float, tokens: int) -> None:
+        for layer in range(LAYERS):
+            row = cache.row(layer, slot)
+            assert bool((row[:, :, :tokens] == value + 1000 * layer).all())
+            assert bool((row[:, :, tokens:] == 0).all())
+
+    for _ in range(80):
         moves = []
-        alive = [chance.random() < 0.7 for _ in slots]
+        alive = [chance.random() < 0.8 for _ in slots]
         while False in alive:
             hole = alive.index(False)
             if True not in alive[hole:]:
@@ -108,35 +114,32 @@ def test_random_plans(seed: int) -> None:
             moves.append((last, hole))
             slots[hole] = slots[last]
             alive[hole], alive[last] = True, False
+        ended = alive.count(False)
+        first_half = len(slots)
         slots = [slot for slot, lives in zip(slots, alive, strict=True) if lives]
-        decoding = len(slots)
-        while chance.random() < 0.6:
-            needs = chance.randint(1, min(budget, 70))
-            if max(needs, *(c for _, c in slots), 0) * (len(slots) + 1) > budget:
-                break
-            mark += 1
-            slots.append((mark, needs))
-        if not slots:
-            continue
-        capacity = max(needs for _, needs in slots)
-        prefills = [(slot, 0, 1) for slot in range(decoding, len(slots))]
-        cache.prepare(make_plan([0] * decoding, prefills, capacity=capacity, moves=moves))
-        held_slots, held_capacity = shapes(cache)
-        assert held_slots >= len(slots)
-        assert held_capacity >= capacity
-        assert held_slots * held_capacity <= budget
-        for slot, (value, needs) in enumerate(slots):
-            for number, layer in enumerate(cache.layers):
-                if slot < decoding:
-                    assert bool((layer[:, slot, :, :needs] == value + 1000 * number).all())
-                else:
-                    layer[:, slot, :, :needs] = value + 1000 * number
-
-
-def test_more_than_the_budget_where_one_plan_needs_it() -> None:
-    cache = make_cache(budget=5)
-    cache.prepare(make_plan(prefills=[(0, 0, 3)], capacity=9))
-    assert shapes(cache) == (1, 9)
+        moves += [(first_half + index, len(slots) + index) for index in range(len(half_in)) if ended]
+        grow = chance.choice([1, 1, 1, 20])
+        plan_decode = [tokens + grow - 1 for _, tokens in slots]
+        pieces = [(len(slots) + i, tokens, chance.randint(1, 40)) for i, (_, tokens) in enumerate(half_in)]
+        begin = len(slots) + len(half_in)
+        new = [(begin + i, 0, chance.randint(1, 150)) for i in range(chance.choice([0, 0, 1, 3]))]
+        cache.prepare(make_plan(plan_decode, [*pieces, *new], moves=moves))
+        marks = [value for value, _ in [*slots, *half_in]] + [mark + 1 + i for i in range(len(new))]
+        mark += len(new)
+        before = [tokens for _, tokens in [*slots, *half_in]] + [0] * len(new)
+        after = [place + 1 for place in plan_decode] + [start + length for _, start, length in [*pieces, *new]]
+        for slot, (value, old, tokens) in enumerate(zip(marks, before, after, strict=True)):
+            check(slot, value, old)
+            for layer in range(LAYERS):
+                cache.row(layer, slot)[:, :, old:tokens] = value + 1000 * layer
+        everything = list(zip(marks, after, strict=True))
+        halves = len(everything) - len(new) + chance.randint(0, len(new))
+        slots, half_in = everything[:halves], everything[halves:]
+        for capacity, bank in cache.banks.items():
+            assert bank.rows >= len(bank.slots) > 0
+            assert all(slot < len(plan_decode) for slot in bank.slots[: bank.num_decode])
+            assert all(slot >= len(plan_decode) for slot in bank.slots[bank.num_decode :])
+            assert all(capacity - 64 - 63 <= after[slot] <= capacity for slot in bank.slots)
 
 
 # Attention
@@ -173,8 +176,8 @@ def test_cached_attention_step_by_step(lengths: list[int], dirty: float) -> None
     given = sequences(lengths, seed=len(lengths))
     expected = [reference(*one) for one in given]
     cache = make_cache()
-    cache.prepare(make_plan(prefills=[(slot, 0, 1) for slot in range(len(lengths))], capacity=20))
-    for layer in cache.layers:
+    cache.prepare(make_plan(prefills=[(slot, 0, 1) for slot in range(len(lengths))]))
+    for layer in cache.banks[64].layers:
         layer.fill_(dirty)
     prompts = [1 + index % 2 + min(3, length - 3) if length > 3 else 1 for index, length in enumerate(lengths)]
     results: list[list[torch.Tensor]] = [[] for _ in lengths]
@@ -192,11 +195,11 @@ def test_cached_attention_step_by_step(lengths: list[int], dirty: float) -> None
     cuts = [prompt // 2 for prompt in prompts]
     first = [(slot, 0, cut) for slot, cut in enumerate(cuts) if cut]
     if len(first) == len(lengths):  # prompts in pieces must have all slots in the plan
-        step(make_plan(prefills=first, capacity=20), [(s, 0, cut) for s, _, cut in first])
+        step(make_plan(prefills=first), [(s, 0, cut) for s, _, cut in first])
     else:
         cuts = [0] * len(lengths)
     rest = [(slot, cut, prompt - cut) for slot, (cut, prompt) in enumerate(zip(cuts, prompts, strict=True))]
-    step(make_plan(prefills=rest, capacity=20), [(s, start, start + length) for s, start, length in rest])
+    step(make_plan(prefills=rest), [(s, start, start + length) for s, start, length in rest])
     alive = list(range(len(lengths)))  # by slot
     places = dict(enumerate(prompts))
     while alive:
@@ -212,9 +215,9 @@ def test_cached_attention_step_by_step(lengths: list[int], dirty: float) -> None
         if not alive:
             break
         if any(places[sequence] == lengths[sequence] for sequence in alive):
-            cache.prepare(make_plan([0] * len(alive), capacity=20, moves=moves))
+            cache.prepare(make_plan([0] * len(alive), moves=moves))
             continue
-        plan = make_plan([places[sequence] for sequence in alive], capacity=20, moves=moves)
+        plan = make_plan([places[sequence] for sequence in alive], moves=moves)
         step(plan, [(sequence, places[sequence], places[sequence] + 1) for sequence in alive])
         for sequence in alive:
             places[sequence] += 1
