@@ -50,7 +50,7 @@ train: venv  ## fine-tune the small model to say its captions in another manner;
 		--warmup-steps 10 --lr-schedule cosine --address local
 	$(BIN)/python examples/show_training.py $(TRAIN_OUTPUT)/run
 
-model: venv  ## make a small model with the training job: pictures, training, measurement (over an hour)
+model: venv  ## make the small model anew with the training job: pictures, training, measurement (45 minutes)
 	$(BIN)/python examples/make_model.py --output out/model/made
 
 test: venv  ## run the tests, but those marked slow
