@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-WARM_ROWS = 4
 KV_CACHE_GB = 2
 
 
