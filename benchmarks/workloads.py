@@ -79,8 +79,12 @@ TRAIN_WORKLOADS = {
 }
 
 
-def make_model(folder: Path) -> None:
-    """The benchmarks' Ministral 3, random: hidden 512, 8 layers, 8 heads on 2 KV heads of 64, ffn 1536, tied; fp32."""
+def make_model(folder: Path, gain: float = 1.0) -> None:
+    """The benchmarks' Ministral 3, random: hidden 512, 8 layers, 8 heads on 2 KV heads of 64, ffn 1536, tied; fp32.
+
+    Matrices of the layers are `gain` times as large as Hugging Face makes them. As it makes them, the embedding outweighs
+    all layers, and every caption is the last word of its prompt over and over, whatever the image.
+    """
     import torch
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
@@ -128,7 +132,12 @@ def make_model(folder: Path) -> None:
     )
     torch.manual_seed(0)
     folder.mkdir(parents=True, exist_ok=True)
-    Mistral3ForConditionalGeneration(config).save_pretrained(folder)
+    model = Mistral3ForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "embed_tokens" not in name:
+                parameter.mul_(gain)
+    model.save_pretrained(folder)
     _write_tokenizer(folder)
     _write_processor(folder)
 
@@ -160,13 +169,13 @@ def make_rows(path: Path, workload: TrainWorkload, rows: int, seed: int = 0) -> 
 
 
 def make_caption_rows(path: Path, workload: CaptionWorkload, rows: int, seed: int = 0) -> None:
-    """A parquet file of `image`, `prompt` and `max_new_tokens`."""
+    """A parquet file of `index`, `image`, `prompt` and `max_new_tokens`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     rng = np.random.default_rng(seed)
     low, high = workload.new_tokens
-    columns: dict[str, list[Any]] = {"image": [], "prompt": [], "max_new_tokens": []}
+    columns: dict[str, list[Any]] = {"index": list(range(rows)), "image": [], "prompt": [], "max_new_tokens": []}
     for _ in range(rows):
         columns["image"].append(_random_png(rng, workload.image_sides))
         columns["prompt"].append(_words(rng, workload.prompt_words))
