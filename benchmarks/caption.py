@@ -2,14 +2,14 @@
 
     python benchmarks/caption.py [--workload 1|2|3] [--rounds N] [--peers hugging-face,ray-data,vllm,vllm-stages]
 
-Workload 1: 64 images of 224 x 224, prompts of 87 tokens, 32 new tokens. Workload 2: images of 112 to 448 pixels a side,
-captions of 4 to 96 tokens, each row's length drawn beforehand and given to all. Workload 3: 2000 rows of workload 2 with
-this project alone: whether time per image and the driver's memory stay flat. Hidden 512, 8 layers, 8 heads on 2 KV heads,
-ffn 1536, vocabulary 8192; vision 256 x 4 layers; fp32, greedy, random weights, two cores.
+Workload 1: 64 images of 224 x 224, prompts of 87 tokens, 32 new tokens. Workload 2: images of 112 to 448 pixels a
+side, captions of 4 to 96 tokens, each row's length drawn beforehand and given to all. Workload 3: 2000 rows of workload
+2 with this project alone: whether time per image and the driver's memory stay flat. Hidden 512, 8 layers, 8 heads on 2
+KV heads, ffn 1536, vocabulary 8192; vision 256 x 4 layers; fp32, greedy, random weights, two cores.
 
-Contestants: this project, by jobs/caption.py on a local Ray cluster, with two stages of one thread and with one stage of
-two; Hugging Face `generate` in batches of 16; Ray Data with a pool of two Hugging Face models; vLLM with two threads in
-one process, compiled, and with two pipeline stages (see `make venv-vllm`). Rounds are interleaved. Images/s is of the
+Contestants: this project, by jobs/caption.py on a local Ray cluster, with two stages of one thread and with one stage
+of two; Hugging Face `generate` in batches of 16; Ray Data with a pool of two Hugging Face models; vLLM with two threads
+in one process, compiled, and with two pipeline stages (see `make venv-vllm`). Rounds are interleaved. Images/s is of the
 steady state: from the first admission to the last commit for this project, after warming up for the others. The wall is
 the rate of matrix products, measured in every round, over the FLOPs of an image. Status 1 when ids differ by more than
 ties, or a peer fails.
@@ -126,7 +126,7 @@ def prepare(folder: Path, number: str, workload: CaptionWorkload, rows: int) -> 
 
 
 def _requests(model: Path, rows: Path) -> list[dict[str, Any]]:
-    """For each row: token ids with one image token, tokens with all of them, the limit, patches, the image as base64."""
+    """For each row: ids with one image token, how many with all of them, the limit, patches, the image as base64."""
     import io
 
     from PIL import Image
@@ -138,13 +138,11 @@ def _requests(model: Path, rows: Path) -> list[dict[str, Any]]:
     found = []
     for row in read_rows(rows):
         width, height = Image.open(io.BytesIO(row.image)).size
-        ids = tokenizer.render(row.prompt, [(height, width)])
-        image_ids = ids[1 + list(ids).index(tokenizer.image_token_id) :]
-        after = len(image_ids) - tokenizer.image_tokens(height, width) + 1
-        start = list(ids).index(tokenizer.image_token_id)
+        ids = tokenizer.render(row.prompt, [(height, width)]).tolist()
+        start = ids.index(tokenizer.image_token_id)
         found.append(
             {
-                "token_ids": [*ids[: start + 1].tolist(), *image_ids[len(image_ids) - after :].tolist()],
+                "token_ids": [*ids[: start + 1], *ids[start + tokenizer.image_tokens(height, width) :]],
                 "prompt_tokens": len(ids),
                 "max_new_tokens": row.max_new_tokens,
                 "patches": (height // PATCH) * (width // PATCH),

@@ -92,7 +92,7 @@ class Agreement:
 def partings(
     expected: Sequence[Sequence[int]], found: Sequence[Sequence[int]]
 ) -> list[tuple[int, list[int], int, int]]:
-    """Where rows part: (row, token ids that agree, the one token, the other). Raises ValueError where lengths differ."""
+    """Where rows part: (row, ids that agree, the one token, the other). Raises ValueError where lengths differ."""
     parted = []
     for index, (one, other) in enumerate(zip(expected, found, strict=True)):
         if len(one) != len(other):

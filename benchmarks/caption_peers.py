@@ -3,8 +3,9 @@
     python -m benchmarks.caption_peers hugging-face|ray-data|gaps --model DIR --rows FILE --result FILE …
 
 Both take rows of the parquet file in order, in batches of 16, padded on the left. A batch goes on until its longest
-caption is done, as it does where captions end by themselves; what the others have too much is cut off. Weights are loaded
-and one other batch is captioned before the clock starts. Decoding and preparing images is part of what the clock sees.
+caption is done, as it does where captions end by themselves; what the others have too much is cut off. Weights are
+loaded and one other batch is captioned before the clock starts. Decoding and preparing images is part of what the clock
+sees.
 
 `gaps` says how far apart two tokens are that two contestants have taken after the same ones.
 """
@@ -49,7 +50,7 @@ class HuggingFaceCaptioner:
         torch.set_num_threads(threads)
         logging.set_verbosity_error()  # it says for every batch that it leaves out what sampling would need
         logging.disable_progress_bar()
-        # `PixtralProcessor` would put both together, but needs torchvision; it resizes to multiples of patch times merge.
+        # `PixtralProcessor` would put both together, but needs torchvision; it resizes to multiples of this.
         self._processor = PixtralImageProcessorPil.from_pretrained(model_dir, patch_size=PATCH * MERGE)
         self._tokenizer = PromptTokenizer(model_dir)
         self.model: Any = Mistral3ForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32).eval()
@@ -122,7 +123,7 @@ def hugging_face(model_dir: str, rows: Path, warm_rows: Path) -> tuple[float, li
 
 
 def ray_data(model_dir: str, rows: Path, warm_rows: Path) -> tuple[float, list[list[int]]]:
-    """`map_batches` over a pool of one actor of one thread a core; from the first batch's start to the last one's end."""
+    """`map_batches` over one actor of one thread a core; from the first batch's start to the last one's end."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 

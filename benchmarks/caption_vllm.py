@@ -1,8 +1,8 @@
-"""The vLLM peer of the captioning benchmark; runs with the Python of vLLM's own environment and imports nothing of ours.
+"""The vLLM peer of the captioning benchmark; runs in vLLM's own environment and imports nothing of ours.
 
     .venv-vllm/bin/python benchmarks/caption_vllm.py --model DIR --requests FILE --result FILE --stages 1|2
 
-Two cores: one process of two threads, or two pipeline stages of one. Weights are loaded, the model is compiled and a few
+Two cores: one process of two threads, or two pipeline stages of one. Weights are loaded, the model is compiled and
 other images are captioned before the clock starts; then all requests are given to `LLM.generate` at once, and vLLM
 batches them as it likes. Decoding the images is part of what the clock sees, as it is for all.
 """

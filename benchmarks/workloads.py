@@ -82,8 +82,8 @@ TRAIN_WORKLOADS = {
 def make_model(folder: Path, gain: float = 1.0) -> None:
     """The benchmarks' Ministral 3, random: hidden 512, 8 layers, 8 heads on 2 KV heads of 64, ffn 1536, tied; fp32.
 
-    Matrices of the layers are `gain` times as large as Hugging Face makes them. As it makes them, the embedding outweighs
-    all layers, and every caption is the last word of its prompt over and over, whatever the image.
+    Matrices of the layers are `gain` times as large as Hugging Face makes them. As it makes them, the embedding
+    outweighs all layers, and every caption is the last word of its prompt over and over, whatever the image.
     """
     import torch
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration
