@@ -9,10 +9,10 @@ KV heads, ffn 1536, vocabulary 8192; vision 256 x 4 layers; fp32, greedy, random
 
 Contestants: this project, by jobs/caption.py on a local Ray cluster, with two stages of one thread and with one stage
 of two; Hugging Face `generate` in batches of 16; Ray Data with a pool of two Hugging Face models; vLLM with two threads
-in one process, compiled, and with two pipeline stages (see `make venv-vllm`). Rounds are interleaved. Images/s is of the
-steady state: from the first admission to the last commit for this project, after warming up for the others. The wall is
-the rate of matrix products, measured in every round, over the FLOPs of an image. Status 1 when ids differ by more than
-ties, or a peer fails.
+in one process, compiled, and with two pipeline stages (see `make venv-vllm`). Rounds are interleaved. Images/s is of
+the steady state: from the first admission to the last commit for this project, after warming up for the others. The
+wall is the rate of matrix products, measured in every round, over the FLOPs of an image. Status 1 when ids differ by
+more than ties, or a peer fails.
 """
 
 from __future__ import annotations
