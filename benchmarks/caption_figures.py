@@ -132,8 +132,9 @@ class DriverWatch:
         for quarter in range(1, 5):
             wanted = rows * quarter // 4
             seconds, committed, resident = next(sample for sample in self.samples if sample[1] >= wanted)
-            each = (seconds - before) / (committed - done)
-            lines.append(f"| {wanted} | {each * 1e3:.1f} | {resident / 1e6:.0f} |")
+            # Two parts can be committed between two samples, where rows are few.
+            each = f"{(seconds - before) / (committed - done) * 1e3:.1f}" if committed > done else "with the one before"
+            lines.append(f"| {wanted} | {each} | {resident / 1e6:.0f} |")
             before, done = seconds, committed
         return "\n".join(lines)
 
