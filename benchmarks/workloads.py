@@ -50,6 +50,28 @@ class TrainWorkload:
     image_sides: tuple[int, int] | None = None
 
 
+@dataclass(frozen=True)
+class CaptionWorkload:
+    """Rows of a captioning benchmark: `prompt_words` beside each image, `image_sides` and `new_tokens` least and most.
+
+    A row's sides are drawn apart from each other, in steps that the model takes as they are; its new tokens are the end
+    of its caption, whatever the model says.
+    """
+
+    name: str
+    rows: int
+    prompt_words: int
+    image_sides: tuple[int, int]
+    new_tokens: tuple[int, int]
+
+
+CAPTION_WORKLOADS = {
+    # <s> [INST], 64 image tokens with 8 breaks, 12 words, [/INST]: 87 tokens each
+    "1": CaptionWorkload("224 x 224, 32 new tokens", 64, 12, (224, 224), (32, 32)),
+    "2": CaptionWorkload("112 to 448 a side, 4 to 96 new tokens", 64, 12, (112, 448), (4, 96)),
+    "3": CaptionWorkload("2000 images of workload 2", 2000, 12, (112, 448), (4, 96)),
+}
+
 TRAIN_WORKLOADS = {
     # <s> [INST] w [/INST] 123 words </s>: 128 tokens each
     "1": TrainWorkload("text", 16, 2, 1, (123, 123)),
@@ -57,8 +79,12 @@ TRAIN_WORKLOADS = {
 }
 
 
-def make_model(folder: Path) -> None:
-    """The benchmarks' Ministral 3, random: hidden 512, 8 layers, 8 heads on 2 KV heads of 64, ffn 1536, tied; fp32."""
+def make_model(folder: Path, gain: float = 1.0) -> None:
+    """The benchmarks' Ministral 3, random: hidden 512, 8 layers, 8 heads on 2 KV heads of 64, ffn 1536, tied; fp32.
+
+    Matrices of the layers are `gain` times as large as Hugging Face makes them. As it makes them, the embedding
+    outweighs all layers, and every caption is the last word of its prompt over and over, whatever the image.
+    """
     import torch
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
@@ -106,7 +132,12 @@ def make_model(folder: Path) -> None:
     )
     torch.manual_seed(0)
     folder.mkdir(parents=True, exist_ok=True)
-    Mistral3ForConditionalGeneration(config).save_pretrained(folder)
+    model = Mistral3ForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "embed_tokens" not in name:
+                parameter.mul_(gain)
+    model.save_pretrained(folder)
     _write_tokenizer(folder)
     _write_processor(folder)
 
@@ -118,12 +149,9 @@ def make_rows(path: Path, workload: TrainWorkload, rows: int, seed: int = 0) -> 
 
     rng = np.random.default_rng(seed)
 
-    def words(count: int) -> str:
-        return " ".join(f"w{number}" for number in rng.integers(FIRST_WORD, VOCABULARY, count))
-
     low, high = workload.answer_words
-    prompts = [words(workload.prompt_words) for _ in range(rows)]
-    answers = [words(int(rng.integers(low, high + 1))) for _ in range(rows)]
+    prompts = [_words(rng, workload.prompt_words) for _ in range(rows)]
+    answers = [_words(rng, int(rng.integers(low, high + 1))) for _ in range(rows)]
     columns: dict[str, Any]
     if workload.image_sides is None:
         columns = {
@@ -140,6 +168,22 @@ def make_rows(path: Path, workload: TrainWorkload, rows: int, seed: int = 0) -> 
     pq.write_table(pa.table(columns), path)
 
 
+def make_caption_rows(path: Path, workload: CaptionWorkload, rows: int, seed: int = 0) -> None:
+    """A parquet file of `index`, `image`, `prompt` and `max_new_tokens`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rng = np.random.default_rng(seed)
+    low, high = workload.new_tokens
+    columns: dict[str, list[Any]] = {"index": list(range(rows)), "image": [], "prompt": [], "max_new_tokens": []}
+    for _ in range(rows):
+        columns["image"].append(_random_png(rng, workload.image_sides))
+        columns["prompt"].append(_words(rng, workload.prompt_words))
+        columns["max_new_tokens"].append(int(rng.integers(low, high + 1)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+
+
 def kept(folder: Path, made_with: Any, make: Callable[[Path], None]) -> Path:
     """`folder`, made by `make` unless an earlier run has made it with the same arguments."""
     stamp, wanted = folder / "made_with.json", json.dumps(made_with, sort_keys=True)
@@ -149,6 +193,10 @@ def kept(folder: Path, made_with: Any, make: Callable[[Path], None]) -> Path:
         make(folder)
         stamp.write_text(wanted)
     return folder
+
+
+def _words(rng: np.random.Generator, count: int) -> str:
+    return " ".join(f"w{number}" for number in rng.integers(FIRST_WORD, VOCABULARY, count))
 
 
 def _random_png(rng: np.random.Generator, sides: tuple[int, int]) -> bytes:

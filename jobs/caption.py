@@ -116,6 +116,9 @@ def main(arguments: Sequence[str] | None = None, *, engine: Callable[[], Engine]
     help="Longest caption, in tokens.",
 )
 @click.option(
+    "--max-new-tokens-column", metavar="NAME", help="Column with a shorter limit per row; null: --max-new-tokens."
+)
+@click.option(
     "--temperature", type=float, metavar="X", default=SamplingConfig.temperature, help="0 always takes the likeliest."
 )
 @click.option("--top-k", type=int, metavar="N", help="Sample from the N likeliest tokens only.")
@@ -185,6 +188,7 @@ def command(
     device: Any,
     dtype: Any,
     max_new_tokens: int,
+    max_new_tokens_column: str | None,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
@@ -211,6 +215,7 @@ def command(
         ),
         sampling=SamplingConfig(
             max_new_tokens=max_new_tokens,
+            max_new_tokens_column=max_new_tokens_column,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,

@@ -61,9 +61,14 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the next token is chosen. `temperature` 0 is greedy; `top_k` and `top_p` then have no effect."""
+    """How the next token is chosen, and when a caption ends.
+
+    `temperature` 0 is greedy; `top_k` and `top_p` then have no effect. `max_new_tokens_column` names a column of whole
+    numbers that end a row's caption earlier than `max_new_tokens` does; a null does not.
+    """
 
     max_new_tokens: int = 64
+    max_new_tokens_column: str | None = None
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None

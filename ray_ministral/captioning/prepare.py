@@ -19,7 +19,7 @@ from ray_ministral.config import ImageLimits, PromptConfig
 from ray_ministral.data.images import ImagePreprocessor, open_image
 from ray_ministral.data.parquet import SourceRow, iter_rows
 from ray_ministral.data.shards import Shard
-from ray_ministral.errors import EngineError, RowError, TooLongError, UsageError
+from ray_ministral.errors import EngineError, PromptError, RowError, TooLongError, UsageError
 
 CHUNK_ROWS = 16
 CHUNK_BYTES = 32 << 20
@@ -32,6 +32,7 @@ def prepare_shards(
     prompt: PromptConfig,
     images: ImageLimits,
     max_prompt_tokens: int,
+    limit_column: str | None = None,
     chunk_rows: int = CHUNK_ROWS,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Iterator[PreparedChunk | Pixels]:
@@ -42,7 +43,9 @@ def prepare_shards(
     pixels are uint8 `[3, H, W]`, a list of images for each row, empty for a row that failed or has no image.
     Raises ModelError, InputError.
     """
-    preparer = RowPreparer(model_dir, prompt=prompt, images=images, max_prompt_tokens=max_prompt_tokens)
+    preparer = RowPreparer(
+        model_dir, prompt=prompt, images=images, max_prompt_tokens=max_prompt_tokens, limit_column=limit_column
+    )
     yield from preparer.chunks(shards, chunk_rows=chunk_rows, chunk_bytes=chunk_bytes)
 
 
@@ -50,13 +53,20 @@ class RowPreparer:
     """Tokenizer, image processor and options, loaded once, for as many rows as one likes."""
 
     def __init__(
-        self, model_dir: str | Path, *, prompt: PromptConfig, images: ImageLimits, max_prompt_tokens: int
+        self,
+        model_dir: str | Path,
+        *,
+        prompt: PromptConfig,
+        images: ImageLimits,
+        max_prompt_tokens: int,
+        limit_column: str | None = None,
     ) -> None:
-        """Raises ModelError, ConfigError."""
+        """`limit_column` has the most new tokens of each row. Raises ModelError, ConfigError."""
         self._prompt = prompt
         self._template = PromptTemplate.of(prompt)
         self._limits = images
         self._max_prompt_tokens = max_prompt_tokens
+        self._limit_column = limit_column
         self._tokenizer = PromptTokenizer(model_dir)
         self._preprocessor = ImagePreprocessor(model_dir)
 
@@ -68,7 +78,10 @@ class RowPreparer:
             raise ValueError(f"a chunk needs a row and a byte at least, got {chunk_rows} rows and {chunk_bytes} bytes")
         for _, together in groupby(shards, key=lambda shard: (shard.location, shard.row_group)):
             source = iter_rows(
-                list(together), image_column=self._prompt.image_column, text_columns=self._template.columns
+                list(together),
+                image_column=self._prompt.image_column,
+                text_columns=self._template.columns,
+                limit_column=self._limit_column,
             )
             for shard_index, rows in groupby(source, key=lambda row: row.shard.index):
                 yield from self._chunks_of_shard(shard_index, rows, chunk_rows, chunk_bytes)
@@ -100,6 +113,7 @@ class RowPreparer:
                 raise source.error
             stage = "template"
             text = self._template.render(source.texts)
+            limit = self._limit(source)
             stage = "decode"
             pixels = [self._preprocessor.resize(open_image(data, self._limits)) for data in source.images]
             stage = "encode"
@@ -118,7 +132,18 @@ class RowPreparer:
             raise  # of the model directory: the same for every row
         except Exception as error:  # noqa: BLE001 one row must not end the job, whatever it is made of
             return _failed(source.row, EngineError(f"{type(error).__name__}: {error}", stage=stage)), []
-        return PreparedRow(row=source.row, token_ids=token_ids, image_sizes=sizes, failure=None), pixels
+        return PreparedRow(source.row, token_ids, sizes, failure=None, max_new_tokens=limit), pixels
+
+    def _limit(self, source: SourceRow) -> int | None:
+        """The row's own most new tokens. Raises PromptError where no caption can be so short."""
+        limit = None if self._limit_column is None else source.texts[self._limit_column]
+        if limit is None:
+            return None
+        if int(limit) < 1:
+            raise PromptError(
+                f"column {self._limit_column!r} is {limit}, a caption has at least 1 token", stage="template"
+            )
+        return int(limit)
 
 
 def _failed(row: int, error: RowError) -> PreparedRow:

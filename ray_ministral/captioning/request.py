@@ -22,13 +22,15 @@ class PreparedRow:
 
     `row` counts within the row group (not within the shard). `token_ids` is int32 `[P]` with the image placeholders
     expanded, None when the row failed. `image_sizes` has (height, width) in pixels after resizing, each a multiple of
-    patch size times spatial merge size; empty for a text-only or a failed row.
+    patch size times spatial merge size; empty for a text-only or a failed row. `max_new_tokens` is the row's own limit,
+    None where it has none.
     """
 
     row: int
     token_ids: np.ndarray | None
     image_sizes: tuple[tuple[int, int], ...]
     failure: RowFailure | None
+    max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if (self.token_ids is None) == (self.failure is None):

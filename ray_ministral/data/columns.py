@@ -47,12 +47,13 @@ MESSAGES_TYPES = "a list of structs {role, content}, or text with such a list as
 
 @dataclass(frozen=True)
 class RowColumns:
-    """Which columns of a row are read: its images, the values of its prompt, and what is learnt from it."""
+    """Which columns of a row are read: its images, its prompt's values, what is learnt from it, its own limit."""
 
     image: str
     texts: tuple[str, ...] = ()
     response: str | None = None
     messages: str | None = None
+    limit: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -63,7 +64,8 @@ class RowColumns:
     @property
     def values(self) -> tuple[str, ...]:
         """Those that hold single values."""
-        return self.texts if self.response is None else (*self.texts, self.response)
+        found = (*self.texts, self.response, self.limit)
+        return tuple(dict.fromkeys(name for name in found if name is not None))
 
 
 def output_fields(*, with_token_ids: bool) -> tuple[pa.Field, ...]:
@@ -93,6 +95,7 @@ def check_columns(file: str, schema: pa.Schema, columns: RowColumns, *, carried:
         ("the prompt", columns.texts),
         ("--response-column", [columns.response] if columns.response is not None else []),
         ("--messages-column", [columns.messages] if columns.messages is not None else []),
+        ("--max-new-tokens-column", [columns.limit] if columns.limit is not None else []),
         ("--columns", carried),
     ):
         for name in names:
@@ -116,6 +119,11 @@ def check_columns(file: str, schema: pa.Schema, columns: RowColumns, *, carried:
                 f"{file}: column {name!r} is of type {schema.field(name).type}, which cannot stand in a prompt; wanted "
                 f"{TEXT_TYPES}: choose another; there is {_described(schema)}"
             )
+    if columns.limit is not None and not pa.types.is_integer(schema.field(columns.limit).type):
+        raise InputError(
+            f"{file}: column {columns.limit!r} is of type {schema.field(columns.limit).type}, wanted whole numbers: "
+            f"choose another with --max-new-tokens-column; there is {_described(schema)}"
+        )
     if messages is not None and not is_messages(schema.field(messages).type):
         raise InputError(
             f"{file}: column {messages!r} is of type {schema.field(messages).type}, which holds no conversation; "

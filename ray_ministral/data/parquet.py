@@ -51,6 +51,7 @@ def iter_rows(
     *,
     image_column: str,
     text_columns: Sequence[str] = (),
+    limit_column: str | None = None,
     batch_rows: int = READ_ROWS,
     max_value_bytes: int = MAX_VALUE_BYTES,
 ) -> Iterator[SourceRow]:
@@ -61,7 +62,7 @@ def iter_rows(
     """
     _require_one_row_group(shards)
     first = shards[0]
-    columns = RowColumns(image=image_column, texts=tuple(text_columns))
+    columns = RowColumns(image=image_column, texts=tuple(text_columns), limit=limit_column)
     pending = list(shards)
     position = 0
     for batch in row_batches(first, columns.names, batch_rows, stop=shards[-1].stop):

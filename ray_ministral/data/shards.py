@@ -100,14 +100,16 @@ def plan_shards(
     limit: int | None = None,
     image_column: str = "image",
     text_columns: Sequence[str] = (),
+    limit_column: str | None = None,
     columns: Sequence[str] | None = None,
     with_token_ids: bool = False,
 ) -> ShardPlan:
     """Cuts `inputs` (files, folders, globs, URIs) into shards of at most `rows_per_shard` rows.
 
     Files are sorted by name and taken once each; shards follow files, row groups and rows, and never cross a row
-    group. `limit` keeps the first so many rows of all. `text_columns` are those that the prompt needs, `columns` those
-    that are carried over: None means all but the image.
+    group. `limit` keeps the first so many rows of all. `text_columns` are those that the prompt needs,
+    `limit_column` the one with a row's most new tokens, `columns` those that are carried over: None means all but the
+    image.
 
     Raises InputError for a file that is missing or not parquet, a column that is missing or of a type that cannot be
     used, files that do not have the same columns (where `columns` is None), and a carried column that is called like
@@ -115,7 +117,7 @@ def plan_shards(
     """
     if rows_per_shard < 1:
         raise ConfigError(f"--rows-per-shard must be at least 1, got {rows_per_shard}")
-    read = RowColumns(image=image_column, texts=tuple(text_columns))
+    read = RowColumns(image=image_column, texts=tuple(text_columns), limit=limit_column)
     found, footers = _read_footers(inputs, read, "--input")
     carried = _carried_columns(
         found, footers, image_column=image_column, columns=columns, with_token_ids=with_token_ids

@@ -141,7 +141,10 @@ class Captioner:
 
     def _start_prepare(self, shards: Any) -> Any:
         job, config = self._job, self.config
-        return tasks.start_prepare(shards, job.model_dir, config.prompt, config.images, job.max_prompt_tokens)
+        limit_column = config.sampling.max_new_tokens_column
+        return tasks.start_prepare(
+            shards, job.model_dir, config.prompt, config.images, job.max_prompt_tokens, limit_column
+        )
 
     # The loop: admit rows, launch steps, handle what comes back
 
@@ -165,10 +168,11 @@ class Captioner:
             return
         self._clock.first_admission()
         images = self._job.image_tokens(row.image_sizes)
+        most = self.config.sampling.max_new_tokens
         request = Request(
             key=RowKey(shard_index, row.row, len(row.image_sizes), images),
             token_ids=row.token_ids,
-            max_new_tokens=self.config.sampling.max_new_tokens,
+            max_new_tokens=most if row.max_new_tokens is None else min(most, row.max_new_tokens),
             sample_key=sample_key(self._job.plan.shards[shard_index], row.row),
             pixels=(prepared.pixels, index) if row.image_sizes else None,
         )

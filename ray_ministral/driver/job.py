@@ -62,6 +62,7 @@ class CaptionJob:
             limit=config.limit,
             image_column=config.prompt.image_column,
             text_columns=PromptTemplate.of(config.prompt).columns,
+            limit_column=config.sampling.max_new_tokens_column,
             columns=config.columns,
             with_token_ids=config.with_token_ids,
         )

@@ -25,17 +25,26 @@ OBJECTS_AHEAD = 4
 
 
 @lru_cache(maxsize=1)
-def _preparer(model_dir: str, prompt: PromptConfig, images: ImageLimits, max_prompt_tokens: int) -> RowPreparer:
+def _preparer(
+    model_dir: str, prompt: PromptConfig, images: ImageLimits, max_prompt_tokens: int, limit_column: str | None
+) -> RowPreparer:
     """A worker process prepares many units of one job: tokenizer and image processor are loaded once."""
-    return RowPreparer(model_dir, prompt=prompt, images=images, max_prompt_tokens=max_prompt_tokens)
+    return RowPreparer(
+        model_dir, prompt=prompt, images=images, max_prompt_tokens=max_prompt_tokens, limit_column=limit_column
+    )
 
 
 @ray.remote(num_cpus=0, num_returns="streaming", scheduling_strategy="SPREAD", max_retries=0)
 def prepare(
-    shards: Sequence[Shard], model_dir: str, prompt: PromptConfig, images: ImageLimits, max_prompt_tokens: int
+    shards: Sequence[Shard],
+    model_dir: str,
+    prompt: PromptConfig,
+    images: ImageLimits,
+    max_prompt_tokens: int,
+    limit_column: str | None,
 ) -> Iterator[PreparedChunk | Pixels]:
     """See `captioning.prepare.prepare_shards`: a stream of chunks, each followed by its pixels."""
-    yield from _preparer(model_dir, prompt, images, max_prompt_tokens).chunks(shards)
+    yield from _preparer(model_dir, prompt, images, max_prompt_tokens, limit_column).chunks(shards)
 
 
 @ray.remote(num_cpus=0, max_retries=3, retry_exceptions=[OSError, InputError])  # type: ignore[call-overload, untyped-decorator]  # Ray's types lag

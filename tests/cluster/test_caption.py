@@ -16,7 +16,7 @@ import ray
 from ray_ministral import caption
 from ray_ministral.data.columns import output_columns
 from ray_ministral.driver.summary import CaptionSummary
-from tests.cluster.inputs import BAD_ALBUMS, BAD_PICTURES, make_config, read_output, rows_of
+from tests.cluster.inputs import BAD_ALBUMS, BAD_PICTURES, make_config, picture, read_output, rows_of
 
 pytestmark = pytest.mark.usefixtures("clean_cluster")
 
@@ -176,6 +176,26 @@ def test_sampled_captions_do_not_depend_on_the_neighbours(run: Run) -> None:
     _, greedy = run(stages=2)
     assert read_output(alone).equals(read_output(together))
     assert not read_output(alone).equals(read_output(greedy))
+
+
+def test_a_row_can_have_a_limit_of_its_own(cluster: None, model: Path, tmp_path: Path) -> None:
+    limits = [3, None, 40, 1]
+    table = pa.table({"image": [picture(row) for row in range(4)], "most": pa.array(limits, pa.int32())})
+    pq.write_table(table, tmp_path / "in.parquet")
+    config = make_config(
+        model,
+        tmp_path / "in.parquet",
+        tmp_path / "out",
+        max_new_tokens=8,
+        max_new_tokens_column="most",
+        ignore_eos=True,
+        with_token_ids=True,
+    )
+    caption(config)
+    rows = rows_of(tmp_path / "out")
+    assert [row["completion_tokens"] for row in rows] == [3, 8, 8, 1]
+    assert [len(row["token_ids"]) for row in rows] == [3, 8, 8, 1]
+    assert {row["finish_reason"] for row in rows} == {"length"}
 
 
 def test_limit_columns_prompt_column_and_stop(cluster: None, model: Path, pictures: Path, tmp_path: Path) -> None:

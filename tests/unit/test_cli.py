@@ -123,6 +123,7 @@ def test_every_option_reaches_its_field() -> None:
     for field in dataclasses.fields(CaptionConfig):
         assert getattr(config, field.name) != getattr(plain, field.name), field.name
     assert config_of("--prompt-column", "question").prompt == PromptConfig(prompt_column="question")
+    assert config_of("--max-new-tokens-column", "most").sampling == SamplingConfig(max_new_tokens_column="most")
 
 
 def test_the_summary_goes_to_stdout_and_nothing_else_does(capsys: pytest.CaptureFixture[str]) -> None:

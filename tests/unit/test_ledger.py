@@ -235,6 +235,7 @@ def test_what_does_not_make_another_job(job: CaptionConfig, changes: dict[str, A
         ({"prompt": PromptConfig(system_prompt="Be kind.")}, "prompt"),
         ({"sampling": SamplingConfig(max_new_tokens=5)}, "sampling"),
         ({"sampling": SamplingConfig(seed=5)}, "sampling"),
+        ({"sampling": SamplingConfig(max_new_tokens_column="n")}, "sampling"),
         ({"sampling": SamplingConfig(stop=("x",))}, "sampling"),
         ({"images": ImageLimits(max_pixels=5)}, "images"),
         ({"rows_per_shard": 2}, "rows_per_shard"),

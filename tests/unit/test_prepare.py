@@ -184,6 +184,15 @@ def test_a_prompt_column(folder: Path, tmp_path: Path) -> None:
     assert "[IMG_END]Why {x}?[/INST]" in PromptTokenizer(folder)._tokenizer.decode(rows[0].token_ids.tolist())
 
 
+def test_a_row_can_have_a_limit_of_its_own(folder: Path, tmp_path: Path) -> None:
+    columns = {"image": [encoded(28, 28)] * 4, "most": pa.array([5, None, 0, 1], pa.int16())}
+    rows = rows_of(run(folder, shards_of(tmp_path / "a.parquet", columns), limit_column="most"))
+    assert [row.max_new_tokens for row in rows] == [5, None, None, 1]
+    assert [row.failure and row.failure.status for row in rows] == [None, None, "prompt_error", None]
+    assert rows[2].failure is not None
+    assert "'most' is 0" in rows[2].failure.error
+
+
 def test_what_is_wrong_with_the_model_or_the_file_is_raised(folder: Path, tmp_path: Path) -> None:
     shards = shards_of(tmp_path / "a.parquet", {"image": [encoded(28, 28)]})
     with pytest.raises(ModelError):

@@ -250,6 +250,8 @@ def test_a_conversation_above_the_byte_limit(tmp_path: Path) -> None:
         (RowColumns(image="image", response="answer"), "no column 'answer', which --response-column needs"),
         (RowColumns(image="image", response="image"), "cannot stand in a prompt"),
         (RowColumns(image="image", messages="m"), "no column 'm', which --messages-column needs"),
+        (RowColumns(image="image", limit="n"), "no column 'n', which --max-new-tokens-column needs"),
+        (RowColumns(image="image", limit="title"), "column 'title' is of type string, wanted whole numbers"),
         (RowColumns(image="image", messages="image"), "holds no conversation; wanted a list of structs"),
     ],
 )
