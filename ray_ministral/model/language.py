@@ -19,6 +19,8 @@ from torch.distributed.distributed_c10d import ProcessGroupGloo
 from ray_ministral.config import StageSpec
 from ray_ministral.model.architecture import Architecture
 from ray_ministral.model.attention import PackedAttention, PackedAttentionParams
+from ray_ministral.model.layer import DecoderLayer
+from ray_ministral.model.low_rank import linear_layers, multiply, plain_product, use_product
 from ray_ministral.model.megatron_core import (
     GPTModel,
     ProcessGroupCollection,
@@ -26,7 +28,6 @@ from ray_ministral.model.megatron_core import (
     get_gpt_layer_local_spec,
     quietly,
 )
-from ray_ministral.model.swiglu import GatedMLP
 
 if TYPE_CHECKING:
     from transformers import Mistral3Config
@@ -92,8 +93,10 @@ def build_language_model(
             position_embedding_type="none",
             pg_collection=groups_of_one(),
         )
+    for linear in linear_layers(model):
+        use_product(linear, plain_product)
     for layer in model.decoder.layers:
-        layer.mlp.forward = GatedMLP(layer.mlp)
+        layer.forward = DecoderLayer(layer)
     return model.to(dtype)
 
 
@@ -152,5 +155,4 @@ def logits(model: Any, hidden_T1H: torch.Tensor, rows: torch.Tensor | None) -> t
     if rows is not None:
         hidden_T1H = hidden_T1H[rows]
     weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
-    output, _bias = model.output_layer(hidden_T1H, weight=weight)
-    return output.squeeze(1)  # type: ignore[no-any-return]
+    return multiply(model.output_layer, hidden_T1H, weight).squeeze(1)

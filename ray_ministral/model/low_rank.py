@@ -56,6 +56,12 @@ def use_product(module: Any, product: Product) -> None:
     module._forward_impl = product if adapters is None else partial(adapters, product)
 
 
+def multiply(module: Any, given: Tensor, weight: nn.Parameter | None = None) -> Tensor:
+    """What one of Megatron's linear layers gives, with its adapters; with another's `weight` where it has none."""
+    output: Tensor = module._forward_impl(given, module.weight if weight is None else weight)
+    return output
+
+
 def adapt(module: Any, adapters: LowRank) -> None:
     """Give one of Megatron's linear layers its adapters."""
     module.add_module(_CHILD, adapters)

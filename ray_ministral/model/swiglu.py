@@ -1,4 +1,4 @@
-"""The gated MLP of a decoder layer, with a backward pass that writes both halves of a gradient where they belong.
+"""The gate of a decoder layer's MLP, with a backward pass that writes both halves of a gradient where they belong.
 
 Megatron's own adds an offset of zero, and autograd puts the gradients of the two halves together in a copy: a thirtieth
 of a training step on CPU. Legend: T tokens, F the MLP's width.
@@ -11,19 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
-
-
-class GatedMLP:
-    """Stands for the forward of one of Megatron's MLPs, whose linear layers have no bias."""
-
-    def __init__(self, mlp: Any) -> None:
-        self._mlp = mlp
-
-    def __call__(self, hidden_T1H: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-        """Output `[T, 1, H]`, and no bias; takes Megatron's other arguments."""
-        gate_up, _no_bias = self._mlp.linear_fc1(hidden_T1H)
-        output, _no_bias = self._mlp.linear_fc2(swiglu(gate_up))
-        return output, None
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
