@@ -47,8 +47,7 @@ def read_run(trace: Path, schedule_name: str, warm_steps: int) -> OurRun:
     """Of a run with one replica and one chunk a stage."""
     steps: dict[int, dict[int, list[tuple[Action, float, float]]]] = defaultdict(lambda: defaultdict(list))
     peaks: dict[int, int] = defaultdict(int)
-    for line in trace.read_text().splitlines()[1:]:
-        event = json.loads(line.rstrip(","))
+    for event in json.loads(trace.read_text()):
         values = event.get("args", {})
         if event["ph"] != "X" or event["pid"] == 0:
             continue

@@ -162,6 +162,7 @@ def main(arguments: Sequence[str] | None = None, *, engine: Callable[[], Engine]
     help="Give up above this share of failed rows.",
 )
 @click.option("--retry-failed", is_flag=True, help="On a resume, do the failed rows again.")
+@click.option("--trace", metavar="FILE", help="Write a timeline of driver and stages for ui.perfetto.dev.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and start nothing.")
 @click.option(
     "--address",
@@ -202,6 +203,7 @@ def command(
     max_image_pixels: int,
     max_error_rate: float,
     retry_failed: bool,
+    trace: str | None,
     dry_run: bool,
     address: str,
 ) -> None:
@@ -233,6 +235,7 @@ def command(
         with_token_ids=with_token_ids,
         max_error_rate=max_error_rate,
         retry_failed=retry_failed,
+        trace=trace,
         address=address,
     )
     log_to_stderr()

@@ -195,6 +195,7 @@ class CaptionConfig:
     with_token_ids: bool = False
     max_error_rate: float = 1.0
     retry_failed: bool = False
+    trace: str | None = None
     address: str = "auto"
 
     def __post_init__(self) -> None:
@@ -204,6 +205,7 @@ class CaptionConfig:
         _require(self.rows_per_shard >= 1, f"--rows-per-shard must be at least 1, got {self.rows_per_shard}")
         _require(self.limit is None or self.limit >= 1, f"--limit must be at least 1, got {self.limit}: leave it out")
         _require(0 <= self.max_error_rate <= 1, f"--max-error-rate must lie in [0, 1], got {self.max_error_rate}")
+        _require(self.trace != "", "--trace is empty: name a file, or leave it out")
 
 
 ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zero-bubble"]
@@ -357,6 +359,7 @@ class TrainConfig:
             (self.steps is None) != (self.epochs is None),
             f"give one of --steps and --epochs, got steps {self.steps} and epochs {self.epochs}",
         )
+        _require(self.trace != "", "--trace is empty: name a file, or leave it out")
         for name, value in (
             ("--steps", self.steps),
             ("--epochs", self.epochs),

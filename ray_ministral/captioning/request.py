@@ -39,11 +39,17 @@ class PreparedRow:
 
 @dataclass(frozen=True, eq=False)
 class PreparedChunk:
-    """Some consecutive rows of one shard; `pixel_bytes` is the size of the pixels that go with it."""
+    """Some consecutive rows of one shard; `pixel_bytes` is the size of the pixels that go with it.
+
+    started, seconds: since the epoch, when their reading began, and how long it took until they were prepared; 0 where
+    nobody measured it.
+    """
 
     shard_index: int
     rows: tuple[PreparedRow, ...]
     pixel_bytes: int
+    started: float = 0.0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)

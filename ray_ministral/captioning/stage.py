@@ -12,6 +12,7 @@ from ray_ministral.captioning.kv_cache import CachedAttention, KVCache
 from ray_ministral.captioning.plan import StepPlan
 from ray_ministral.captioning.request import Pixels
 from ray_ministral.captioning.sampling import sample
+from ray_ministral.captioning.step_times import StepSpan, StepTimes
 from ray_ministral.config import SamplingConfig, StageOptions
 from ray_ministral.data.images import ImagePreprocessor
 from ray_ministral.model.architecture import Architecture
@@ -22,21 +23,24 @@ from ray_ministral.pipeline.wire import from_wire, to_wire
 
 
 class CaptionStage(PipelineStage):
-    """Runs `StepPlan`s; keeps the KV cache of each microbatch."""
+    """Runs `StepPlan`s; keeps the KV cache of each microbatch. `times` says what its steps took."""
 
-    def __init__(self, options: StageOptions, sampling: SamplingConfig, kv_tokens_per_microbatch: int) -> None:
+    def __init__(
+        self, options: StageOptions, sampling: SamplingConfig, kv_tokens_per_microbatch: int, *, traced: bool = False
+    ) -> None:
         super().__init__(options)
         self.sampling = sampling
         self.kv_tokens_per_microbatch = kv_tokens_per_microbatch
         self._caches: dict[int, KVCache] = {}
         self._pixels: PixelTable | None = None
+        self.times = StepTimes(traced=traced)
 
     def step(self, plan: StepPlan, hidden: np.ndarray | None, *blocks: Pixels) -> np.ndarray:
         """One step: what the next stage takes as `hidden`, or the sampled token ids (int32) on the last stage.
 
         `blocks` are the pixel blocks that the plan's `Prefill.images` count, for the first stage.
         """
-        started = time.perf_counter()
+        started, begun = time.time(), time.perf_counter()
         cache = self._cache(plan.microbatch)
         cache.prepare(plan)
         batch = PackedBatch(
@@ -49,13 +53,28 @@ class CaptionStage(PipelineStage):
             attention=CachedAttention(cache, plan, self.device),
         )
         received = None if hidden is None else from_wire(hidden, self.dtype, self.device)
+        model_begun = time.perf_counter()
         output = self.run(batch, received)
         if self.spec.is_last:
-            tokens = sample(output, self.sampling, plan.sample_keys, plan.sample_positions)
-            result = tokens.to("cpu", torch.int32).numpy()
-        else:
-            result = to_wire(output)
-        self.busy_seconds += time.perf_counter() - started
+            output = sample(output, self.sampling, plan.sample_keys, plan.sample_positions)
+        if self.device.type == "cuda":
+            # The copy below waits for the device anyway. What was queued before the model counts to the model.
+            torch.cuda.synchronize(self.device)
+        model_ended = time.perf_counter()
+        result = output.to("cpu", torch.int32).numpy() if self.spec.is_last else to_wire(output)
+        self.times.add(
+            StepSpan(
+                step=plan.step,
+                microbatch=plan.microbatch,
+                started=started,
+                seconds=time.perf_counter() - begun,
+                before_seconds=model_begun - begun,
+                model_seconds=model_ended - model_begun,
+                prefill_tokens=sum(piece.length for piece in plan.prefills),
+                decode_tokens=plan.num_decode,
+                images=len(batch.images),
+            )
+        )
         return result
 
     def _cache(self, microbatch: int) -> KVCache:

@@ -28,7 +28,9 @@ from ray_ministral.driver.pipeline import Pipeline, describe_error, raise_if_our
 from ray_ministral.driver.progress import Progress
 from ray_ministral.driver.replica import Replica, RowKey, sample_key
 from ray_ministral.driver.stage_actor import stage_actor_class
-from ray_ministral.driver.summary import CaptionSummary
+from ray_ministral.driver.step_spans import StepSpans
+from ray_ministral.driver.summary import CaptionSummary, StageFigures
+from ray_ministral.driver.trace import Trace
 from ray_ministral.errors import ClusterError, StageDiedError, TooManyErrorsError
 
 logger = logging.getLogger(__name__)
@@ -73,15 +75,16 @@ class Captioner:
         with ExitStack() as stack:
             self._job = job
             self._tracker = PartTracker(job.plan.shards, job.committed, job.failed_rows)
-            self._writes: dict[Any, int] = {}
+            self._writes: dict[Any, tuple[int, float]] = {}
+            self._trace = stack.enter_context(Trace(self.config.trace))
             progress = self._progress = stack.enter_context(Progress(job.plan.rows, self._tracker.done_before))
             if not self._tracker.done:
                 self._start(stack)
             while not self._tracker.done:
                 self._admit()
-                for replica in self._replicas:
-                    replica.launch()
+                self._launch()
                 self._handle_events()
+                self._spans.poll()
                 progress.update(**vars(self._tracker.totals))
             summary = self._summary()
         job.ledger.finish(summary.to_json())
@@ -91,11 +94,15 @@ class Captioner:
 
     def _start(self, stack: ExitStack) -> None:
         """Everything that `stack` will take away again: the cluster, the tasks that prepare rows, the pipelines."""
-        stack.enter_context(connected(self.config.address, self.config.pipeline))
+        with self._trace.driver("cluster"):
+            stack.enter_context(connected(self.config.address, self.config.pipeline))
         self._clock.lap("cluster")
         self._feeder = Feeder(self._tracker.wanted(), self._start_prepare)
         stack.callback(self._feeder.close)
-        self._replicas = self._start_replicas(stack)
+        with self._trace.driver("stages"):
+            self._replicas = self._start_replicas(stack)
+        self._spans = StepSpans(self._trace, [replica.pipeline for replica in self._replicas])
+        stack.callback(self._spans.finish)
         self._progress_at = time.monotonic()
 
     def _start_replicas(self, stack: ExitStack) -> list[Replica]:
@@ -106,6 +113,7 @@ class Captioner:
                 StageOptions(self._job.model_dir, spec, resolved.device, resolved.dtype, resolved.threads),
                 self.config.sampling,
                 config.kv_tokens_per_microbatch,
+                self._trace.is_on,
             )
             for spec in self._job.partition.stages
         ]
@@ -150,15 +158,23 @@ class Captioner:
 
     def _admit(self) -> None:
         """Hand prepared rows to the replica with most room, as long as one has any."""
-        while True:
-            replica = max(self._replicas, key=lambda replica: replica.scheduler.room)
-            if not replica.scheduler.room:
-                return
-            prepared = self._feeder.take()
-            if prepared is None:
-                return
-            for index, row in enumerate(prepared.chunk.rows):
-                self._admit_row(replica, prepared, index, row)
+        with self._trace.driver("admit"):
+            while self._admit_chunk():
+                pass
+
+    def _admit_chunk(self) -> bool:
+        """The next chunk, if there is room and one is ready."""
+        replica = max(self._replicas, key=lambda replica: replica.scheduler.room)
+        prepared = self._feeder.take() if replica.scheduler.room else None
+        if prepared is None:
+            return False
+        chunk = prepared.chunk
+        if chunk.seconds:
+            rows = f"{chunk.rows[0].row} to {chunk.rows[-1].row}"
+            self._trace.beside("prepare", chunk.started, chunk.seconds, rows=rows, shard=chunk.shard_index)
+        for index, row in enumerate(chunk.rows):
+            self._admit_row(replica, prepared, index, row)
+        return True
 
     def _admit_row(self, replica: Replica, prepared: Prepared, index: int, row: PreparedRow) -> None:
         shard_index = prepared.chunk.shard_index
@@ -178,6 +194,12 @@ class Captioner:
         )
         replica.scheduler.add(request)
 
+    def _launch(self) -> None:
+        """Send a step of every microbatch that waits for one."""
+        with self._trace.driver("launch"):
+            for replica in self._replicas:
+                replica.launch()
+
     def _handle_events(self) -> None:
         """Wait for whatever comes first: tokens, a chunk, a written part."""
         steps = {reference: replica for replica in self._replicas for reference in replica.in_flight}
@@ -187,15 +209,17 @@ class Captioner:
         if not waitables:
             assert self._tracker.done, "rows are missing, and nothing is under way that could bring them"
             return
-        ray.wait(waitables, num_returns=1, timeout=WAIT_S, fetch_local=False)
-        ready, _ = ray.wait(waitables, num_returns=len(waitables), timeout=0, fetch_local=False)
+        with self._trace.driver("wait"):
+            ray.wait(waitables, num_returns=1, timeout=WAIT_S, fetch_local=False)
+            ready, _ = ray.wait(waitables, num_returns=len(waitables), timeout=0, fetch_local=False)
         if not ready:
             self._check_for_hang()
             return
         self._progress_at = time.monotonic()
         for reference in ready:
             if reference in steps:
-                self._step_done(steps[reference], reference)
+                with self._trace.driver("complete"):
+                    self._step_done(steps[reference], reference)
             elif reference in self._writes:
                 self._write_done(reference)
 
@@ -267,24 +291,26 @@ class Captioner:
                 f"{result.error}"
             )
         if results is not None:
-            reference = tasks.write.remote(
-                shard,
-                results,
-                self._job.ledger.output,
-                self._job.plan.carried_columns,
-                self.config.with_token_ids,
-                keep_others=shard_index in self._job.failed_rows,
-            )
-            self._writes[reference] = shard_index
+            with self._trace.driver("file", part=shard.part_name):
+                reference = tasks.write.remote(
+                    shard,
+                    results,
+                    self._job.ledger.output,
+                    self._job.plan.carried_columns,
+                    self.config.with_token_ids,
+                    keep_others=shard_index in self._job.failed_rows,
+                )
+            self._writes[reference] = shard_index, time.time()
 
     def _write_done(self, reference: Any) -> None:
-        shard_index = self._writes.pop(reference)
+        shard_index, started = self._writes.pop(reference)
+        part_name = self._job.plan.shards[shard_index].part_name
         try:
             info = ray.get(reference)
         except RayError as error:
             raise_if_ours(error)
-            shard = self._job.plan.shards[shard_index]
-            raise ClusterError(f"{shard.part_name} cannot be written: {describe_error(error)}") from error
+            raise ClusterError(f"{part_name} cannot be written: {describe_error(error)}") from error
+        self._trace.beside("write", started, time.time() - started, part=part_name)
         self._tracker.committed(shard_index, info)
         self._clock.last_commit()
 
@@ -300,7 +326,7 @@ class Captioner:
         ]
         steps = sum(len(replica.in_flight) for replica in self._replicas)
         under_way = [f"{steps} steps"] if steps else []
-        under_way += [f"the writing of {self._job.plan.shards[index].part_name}" for index in self._writes.values()]
+        under_way += [f"the writing of {self._job.plan.shards[index].part_name}" for index, _ in self._writes.values()]
         under_way += [f"the preparing of {place}" for place in self._feeder.under_way()]
         raise StageDiedError(
             f"nothing has come back for {silent:.0f} s; {', '.join(stuck) or 'all stages answer'}; under way: "
@@ -313,7 +339,7 @@ class Captioner:
         counts = self._tracker.status_counts
         totals, clock, config = self._tracker.totals, self._clock, self.config.pipeline
         seconds = clock.working_seconds
-        busy = [replica.pipeline.busy_seconds() for replica in self._replicas] or [[0.0] * config.stages]
+        figures = StageFigures.of([replica.totals() for replica in self._replicas], config.stages, seconds)
         return CaptionSummary(
             rows=sum(counts.values()),
             ok=counts.get(OK, 0),
@@ -324,9 +350,14 @@ class Captioner:
             generated_tokens_per_second=totals.tokens / seconds if seconds else 0.0,
             stages=config.stages,
             replicas=config.replicas,
-            stage_busy=[float(mean) / seconds if seconds else 0.0 for mean in np.mean(busy, axis=0)],
+            stage_busy=figures.stage_busy,
             recoveries=0,
             output=self._job.ledger.output,
             status_counts=counts,
             startup=clock.laps,
+            bubble=figures.bubble,
+            steps=figures.steps,
+            tokens_per_step=figures.tokens_per_step,
+            model_seconds=figures.model_seconds,
+            outside_seconds=figures.outside_seconds,
         )

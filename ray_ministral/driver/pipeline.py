@@ -23,7 +23,6 @@ from ray_ministral.errors import PlacementError, RayMinistralError, StageDiedErr
 
 ANNOUNCE_EVERY_S = 5.0
 STATUS_TIMEOUT_S = 0.5  # for a line of progress
-BUSY_TIMEOUT_S = 5.0
 HEALTH_TIMEOUT_S = 15.0  # a stage that does not answer for so long is taken for hung
 
 Announce = Callable[[str], None]
@@ -32,8 +31,7 @@ Announce = Callable[[str], None]
 class Pipeline:
     """One replica: an actor for each stage, in one placement group. `generation` grows with each rebuild.
 
-    The actors have `warm_up()`, `load(...) -> LoadReport`, and in a concurrency group of their own `status()` and
-    `busy_seconds()`.
+    The actors have `warm_up()`, `load(...) -> LoadReport`, and in a concurrency group of their own `status()`.
     """
 
     def __init__(self, name: str, group: PlacementGroup, actors: list[Any], generation: int) -> None:
@@ -99,7 +97,7 @@ class Pipeline:
             self._raise_failed_loads()
             if not pending:
                 break
-            statuses = self._ask("status", STATUS_TIMEOUT_S)
+            statuses = self.ask("status", STATUS_TIMEOUT_S)
             shown = ", ".join(_describe(index, status) for index, status in enumerate(statuses))
             announce(f"{self.name}: waiting for {len(pending)} of {self.num_stages} stages: {shown}")
             if time.monotonic() > deadline:
@@ -109,13 +107,15 @@ class Pipeline:
                 )
         self.reports = ray.get(self._loads)
 
-    def busy_seconds(self) -> list[float]:
-        """Seconds that each stage has spent in steps; 0 for one that does not answer."""
-        return [0.0 if seconds is None else seconds for seconds in self._ask("busy_seconds", BUSY_TIMEOUT_S)]
+    def ask(self, method: str, timeout_s: float) -> list[Any]:
+        """What each stage answers within the time; None for one that does not, or that is dead."""
+        answers = [getattr(actor, method).remote() for actor in self.actors]
+        ray.wait(answers, num_returns=len(answers), timeout=timeout_s)
+        return [_value(answer) for answer in answers]
 
     def unresponsive(self) -> list[int]:
         """Stages whose health group does not answer."""
-        return [index for index, status in enumerate(self._ask("status", HEALTH_TIMEOUT_S)) if status is None]
+        return [index for index, status in enumerate(self.ask("status", HEALTH_TIMEOUT_S)) if status is None]
 
     def death(self, error: RayActorError) -> StageDiedError:
         """What to raise for a stage that has died: which one, where, and Ray's reason, in one line."""
@@ -140,12 +140,6 @@ class Pipeline:
                 ray.kill(actor, no_restart=True)
         with suppress(Exception):
             remove_placement_group(self._group)
-
-    def _ask(self, method: str, timeout_s: float) -> list[Any]:
-        """What each stage answers within the time; None for one that does not, or that is dead."""
-        answers = [getattr(actor, method).remote() for actor in self.actors]
-        ray.wait(answers, num_returns=len(answers), timeout=timeout_s)
-        return [_value(answer) for answer in answers]
 
     def _raise_failed_loads(self) -> None:
         for index, load in enumerate(self._loads):

@@ -8,8 +8,11 @@ from typing import Any
 
 from ray_ministral.captioning.batching import BatchScheduler
 from ray_ministral.captioning.plan import StepPlan
+from ray_ministral.captioning.step_times import StageTotals
 from ray_ministral.data.shards import Shard
 from ray_ministral.driver.pipeline import Pipeline
+
+TOTALS_TIMEOUT_S = 5.0
 
 
 @dataclass(eq=False)
@@ -30,6 +33,10 @@ class Replica:
                 for actor in others:
                     result = actor.step.remote(plan, result)
             self.in_flight[result] = launch.plan
+
+    def totals(self) -> list[StageTotals]:
+        """What the steps of each stage took so far; nothing for a stage that does not answer."""
+        return [totals or StageTotals() for totals in self.pipeline.ask("totals", TOTALS_TIMEOUT_S)]
 
 
 @dataclass(frozen=True)

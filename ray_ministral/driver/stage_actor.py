@@ -16,6 +16,7 @@ import ray
 
 from ray_ministral.captioning.plan import StepPlan
 from ray_ministral.captioning.request import Pixels
+from ray_ministral.captioning.step_times import StageTotals, StepSpan
 from ray_ministral.config import SamplingConfig, StageOptions
 
 if TYPE_CHECKING:
@@ -62,11 +63,13 @@ class StageActor:
 
         self._import_seconds = time.perf_counter() - started
 
-    def load(self, options: StageOptions, sampling: SamplingConfig, kv_tokens_per_microbatch: int) -> LoadReport:
-        """Read the weights of a stage."""
+    def load(
+        self, options: StageOptions, sampling: SamplingConfig, kv_tokens_per_microbatch: int, traced: bool = False
+    ) -> LoadReport:
+        """Read the weights of a stage. A `traced` one keeps its steps for `take_spans`."""
         from ray_ministral.captioning.stage import CaptionStage
 
-        self._stage = CaptionStage(options, sampling, kv_tokens_per_microbatch)
+        self._stage = CaptionStage(options, sampling, kv_tokens_per_microbatch, traced=traced)
         load_seconds = self._stage.load(self._loading)
         memory = self._stage.memory()
         self._status = StageStatus("ready", memory["parameters"], memory["parameters"])
@@ -93,9 +96,14 @@ class StageActor:
         return self._status
 
     @ray.method(concurrency_group=HEALTH)
-    def busy_seconds(self) -> float:
-        """Seconds spent in steps so far."""
-        return 0.0 if self._stage is None else self._stage.busy_seconds
+    def totals(self) -> StageTotals:
+        """What its steps took so far."""
+        return StageTotals() if self._stage is None else self._stage.times.totals
+
+    @ray.method(concurrency_group=HEALTH)
+    def take_spans(self) -> list[StepSpan]:
+        """The steps since the last call; none where it is not traced."""
+        return [] if self._stage is None else self._stage.times.take()
 
 
 def stage_actor_class() -> Any:

@@ -5,9 +5,11 @@ Knows neither Ray nor files; the captioner fills it, the ledger writes it, the c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
+
+from ray_ministral.captioning.step_times import StageTotals
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,11 +27,18 @@ class CaptionSummary:
         images_per_second, generated_tokens_per_second: of this run, from the first admission to the last commit;
             0 when it had nothing left to do.
         stages, replicas: of the pipeline as it was at the end.
-        stage_busy: for each stage the fraction of that time, 0 to 1, in which it computed.
+        stage_busy: for each stage the fraction of that time, 0 to 1, in which it was in a step; over the replicas, the
+            mean.
         recoveries: how often a pipeline was rebuilt.
         output: the output folder.
         status_counts: rows of each `status`.
         startup: what start-up was spent on, in seconds, in order.
+        bubble: the fraction of that time, 0 to 1, in which a stage was in no step: 1 - the mean of `stage_busy`.
+        steps: of all microbatches of all replicas.
+        tokens_per_step: the mean: one for each decoding sequence, and those of the prompts that enter.
+        model_seconds: for each stage, of the time in steps, what went to the model, sampling included; over the
+            replicas, the mean.
+        outside_seconds: for each stage the rest of the time in steps: wire, KV cache, plan, pixels.
     """
 
     rows: int
@@ -46,6 +55,11 @@ class CaptionSummary:
     output: str
     status_counts: dict[str, int] = field(default_factory=dict)
     startup: dict[str, float] = field(default_factory=dict)
+    bubble: float = 0.0
+    steps: int = 0
+    tokens_per_step: float = 0.0
+    model_seconds: list[float] = field(default_factory=list)
+    outside_seconds: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         # The summary is what people believe: better no summary than one that does not add up.
@@ -57,6 +71,38 @@ class CaptionSummary:
     def to_json(self) -> dict[str, object]:
         """The content of `summary.json`: plain numbers, strings, lists and dictionaries."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class StageFigures:
+    """What the stages did between the first admission and the last commit; names as in `CaptionSummary`."""
+
+    stage_busy: list[float]
+    bubble: float
+    steps: int
+    tokens_per_step: float
+    model_seconds: list[float]
+    outside_seconds: list[float]
+
+    @classmethod
+    def of(cls, replicas: Sequence[Sequence[StageTotals]], num_stages: int, seconds: float) -> StageFigures:
+        """From the sums of each stage of each replica; 0 everywhere in a run that had nothing left to do."""
+        replicas = replicas or [[StageTotals()] * num_stages]
+        stages = list(zip(*replicas, strict=True))
+        busy = [_mean([totals.busy_seconds for totals in stage]) / seconds if seconds else 0.0 for stage in stages]
+        steps = sum(totals.steps for totals in stages[0])
+        return cls(
+            stage_busy=busy,
+            bubble=1 - _mean(busy) if seconds else 0.0,
+            steps=steps,
+            tokens_per_step=sum(totals.tokens for totals in stages[0]) / steps if steps else 0.0,
+            model_seconds=[_mean([totals.model_seconds for totals in stage]) for stage in stages],
+            outside_seconds=[_mean([totals.outside_seconds for totals in stage]) for stage in stages],
+        )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def as_table(summary: CaptionSummary) -> Table:
@@ -87,4 +133,9 @@ def _lines(summary: CaptionSummary) -> Iterator[tuple[str, str]]:
     yield "pipeline", f"{summary.stages} stages, {summary.replicas} replicas, {summary.recoveries} recoveries"
     if summary.stage_busy:
         yield "stages busy", ", ".join(f"{fraction:.0%}" for fraction in summary.stage_busy)
+    if summary.steps:
+        yield "bubble", f"{summary.bubble:.0%}"
+        yield "steps", f"{summary.steps}, of {summary.tokens_per_step:.1f} tokens on average"
+        yield "in the model", ", ".join(f"{seconds:.2f} s" for seconds in summary.model_seconds)
+        yield "around it", ", ".join(f"{seconds:.2f} s" for seconds in summary.outside_seconds)
     yield "output", summary.output

@@ -6,6 +6,7 @@ run at a time is the driver's decision.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -44,7 +45,15 @@ def prepare(
     limit_column: str | None,
 ) -> Iterator[PreparedChunk | Pixels]:
     """See `captioning.prepare.prepare_shards`: a stream of chunks, each followed by its pixels."""
-    yield from _preparer(model_dir, prompt, images, max_prompt_tokens, limit_column).chunks(shards)
+    made = _preparer(model_dir, prompt, images, max_prompt_tokens, limit_column).chunks(shards)
+    while True:
+        started, begun = time.time(), time.perf_counter()
+        item = next(made, None)
+        if item is None:
+            return
+        if isinstance(item, PreparedChunk):
+            item = replace(item, started=started, seconds=time.perf_counter() - begun)
+        yield item
 
 
 @ray.remote(num_cpus=0, max_retries=3, retry_exceptions=[OSError, InputError])  # type: ignore[call-overload, untyped-decorator]  # Ray's types lag

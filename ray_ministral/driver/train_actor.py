@@ -40,7 +40,6 @@ class TrainActor:
         self._store: Any = None
         self._captioning: dict[int, CaptionStage] = {}
         self._writing: Future[StagePart] | None = None
-        self._busy = 0.0
 
     def warm_up(self) -> None:
         """Import torch and megatron."""
@@ -104,9 +103,7 @@ class TrainActor:
 
     def compute(self, plan: TrainPlan, *blocks: Any) -> StageReport:
         """See `TrainStage.compute`."""
-        report = self.stage.compute(plan, *blocks)
-        self._busy += report.busy_seconds
-        return report
+        return self.stage.compute(plan, *blocks)
 
     def commit(self, scale: float, learning_rate: float) -> tuple[float, float]:
         """See `TrainStage.commit`; when it began, in seconds since the epoch, and how many it took."""
@@ -185,11 +182,6 @@ class TrainActor:
     def status(self) -> StageStatus:
         """Answers at once, whatever the stage is doing."""
         return self._status
-
-    @ray.method(concurrency_group=HEALTH)
-    def busy_seconds(self) -> float:
-        """Seconds spent computing so far."""
-        return self._busy
 
 
 def train_actor_class() -> Any:

@@ -19,7 +19,7 @@ DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bf
 
 
 class PipelineStage:
-    """Holds one chunk, runs packed batches through it, and counts the seconds it is busy."""
+    """Holds one chunk and runs packed batches through it."""
 
     def __init__(self, options: StageOptions) -> None:
         if options.device == "cuda" and not torch.cuda.is_available():
@@ -29,7 +29,6 @@ class PipelineStage:
         self.spec = options.spec
         self.device = torch.device(options.device)
         self.dtype = DTYPES[options.dtype]
-        self.busy_seconds = 0.0
         self._model: Any = None
 
     @property

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections import Counter
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -15,6 +17,7 @@ import ray
 
 from ray_ministral import caption
 from ray_ministral.data.columns import output_columns
+from ray_ministral.driver import step_spans
 from ray_ministral.driver.summary import CaptionSummary
 from tests.cluster.inputs import BAD_ALBUMS, BAD_PICTURES, make_config, picture, read_output, rows_of
 
@@ -82,6 +85,10 @@ def test_the_folder_says_that_it_is_finished(run: Run) -> None:
     assert stored["images_per_second"] > 0
     assert stored["generated_tokens_per_second"] > 0
     assert stored["recoveries"] == 0
+    assert stored["bubble"] == pytest.approx(1 - sum(stored["stage_busy"]) / 2)
+    assert stored["steps"] > 24, "one a token at least"
+    assert stored["tokens_per_step"] > 1
+    assert all(seconds > 0 for name in ("model_seconds", "outside_seconds") for seconds in stored[name]), stored
     assert sum(stored["startup"][name] for name in ("plan", "cluster", "placement", "stages", "first rows")) == (
         pytest.approx(stored["startup_seconds"], abs=0.01)
     )
@@ -114,6 +121,63 @@ def test_the_output_does_not_depend_on_the_cut(run: Run, cut: dict[str, Any]) ->
     _, expected = run(stages=2)
     _, output = run(**cut)
     assert read_output(output).equals(read_output(expected))
+
+
+def test_a_timeline_has_every_step_of_every_stage_once(
+    run: Run, model: Path, albums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_spans, "TAKE_EVERY_S", 0.05)  # so that steps are taken again and again
+    file, output = tmp_path / "new" / "trace.json", tmp_path / "out"
+    begun = time.time()
+    config = make_config(model, albums, output, prompt=PROMPT, with_token_ids=True, stages=2, trace=str(file))
+    summary = caption(config)
+    ended = time.time()
+    assert read_output(output).equals(read_output(run(stages=2)[1]))
+
+    events = json.loads(file.read_text())
+    names = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert names == {(0, 0): "driver", (1, 0): "stage 0", (1, 1): "stage 1"}
+    timed = [event for event in events if event["ph"] != "M"]
+    slack = 0.05  # the clock of time.time may be set while we run
+    assert all(begun - slack <= event["ts"] / 1e6 for event in timed)
+    assert all((event["ts"] + event.get("dur", 0)) / 1e6 <= ended + slack for event in timed)
+    does = Counter(event["name"] for event in timed if event["pid"] == 0 and event["ph"] == "X")
+    parts = len(list(output.glob("part-*")))
+    assert does["launch"] == does["admit"] >= does["wait"] >= summary.steps / 3, (
+        "three microbatches may be ready at once"
+    )
+    assert (does["complete"], does["file"]) == (summary.steps, parts)
+    assert (does["cluster"], does["stages"]) == (1, 1)
+    beside = Counter((event["name"], event["ph"]) for event in timed if event["ph"] in "be")
+    assert beside["write", "b"] == beside["write", "e"] == parts
+    assert beside["prepare", "b"] == beside["prepare", "e"] > 0
+
+    spans = [[e for e in timed if (e["pid"], e["tid"]) == (1, stage)] for stage in range(2)]
+    steps = [{e["args"]["step"]: e for e in own if e["name"] != "model"} for own in spans]
+    models = [{e["args"]["step"]: e for e in own if e["name"] == "model"} for own in spans]
+    for stage in range(2):
+        assert sorted(steps[stage]) == sorted(models[stage]) == list(range(summary.steps))
+        assert len(spans[stage]) == 2 * summary.steps, "none twice"
+        in_steps = sum(event["dur"] for event in steps[stage].values()) / 1e6
+        assert in_steps == pytest.approx(summary.model_seconds[stage] + summary.outside_seconds[stage])
+        in_model = sum(event["dur"] for event in models[stage].values()) / 1e6
+        assert in_model == pytest.approx(summary.model_seconds[stage])
+        for number, step in steps[stage].items():
+            within = models[stage][number]
+            assert step["ts"] <= within["ts"]
+            assert within["ts"] + within["dur"] <= step["ts"] + step["dur"]
+    for number, step in steps[0].items():
+        # Half a microsecond: that of times in doubles.
+        assert step["ts"] + step["dur"] <= steps[1][number]["ts"] + 0.5, "a stage begins when the one before it is done"
+    good = [row for row in rows_of(output) if row["status"] == "ok"]
+    for stage in range(2):
+        values = [event["args"] for event in steps[stage].values()]
+        prefill, decode = (sum(value[name] for value in values) for name in ("prefill_tokens", "decode_tokens"))
+        assert prefill == sum(row["prompt_tokens"] for row in good)
+        assert decode == sum(row["completion_tokens"] - 1 for row in good), "a prompt gives the first token"
+        assert (prefill + decode) / summary.steps == pytest.approx(summary.tokens_per_step)
+        images = sum(row["source_row"] % 4 for row in good) if stage == 0 else 0
+        assert sum(value["images"] for value in values) == images
 
 
 def test_captions_are_those_of_hugging_face(run: Run, model: Path, albums: Path) -> None:

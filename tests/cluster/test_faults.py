@@ -5,6 +5,7 @@ The faults are in actor classes given to `caption` in place of its own, so that 
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -100,11 +101,16 @@ def test_a_stage_that_is_stopped_is_named_and_killed(
     cluster: None, model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline_module, "HEALTH_TIMEOUT_S", 3.0)
-    config = make_config(model, pictures, tmp_path / "out", stages=2, step_timeout_s=5.0)
+    timeline = tmp_path / "trace.json"
+    config = make_config(model, pictures, tmp_path / "out", stages=2, step_timeout_s=5.0, trace=str(timeline))
     actor = striking(tmp_path / "pid", stage=1, at="step", strike=stop_oneself)
     with pytest.raises(StageDiedError, match="stage 1 of replica 0") as raised:
         caption(config, stage_actor=actor)
     assert "step_timeout_s" in str(raised.value)
+    steps = [
+        event["args"]["step"] for event in json.loads(timeline.read_text()) if event["pid"] == 1 and "dur" in event
+    ]
+    assert {0, 1, 2, 3} <= set(steps), "the timeline has what was done until then, by the stage that answers at least"
     wait_for(gone(tmp_path / "pid"), 15, lambda: "the stopped stage is still there")
 
 

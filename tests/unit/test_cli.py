@@ -98,7 +98,7 @@ def test_every_option_reaches_its_field() -> None:
         *["--device", "cpu", "--dtype", "float32", "--max-new-tokens", "7", "--temperature", "0.5", "--top-k", "9"],
         *["--top-p", "0.9", "--seed", "11", "--stop", "a", "--stop", "b", "--ignore-eos", "--rows-per-shard", "13"],
         *["--limit", "17", "--columns", "id", "--columns", "name", "--with-token-ids", "--max-image-pixels", "19"],
-        *["--max-error-rate", "0.25", "--retry-failed", "--address", "local"],
+        *["--max-error-rate", "0.25", "--retry-failed", "--trace", "t.json", "--address", "local"],
     )
     assert config == CaptionConfig(
         model="m",
@@ -116,6 +116,7 @@ def test_every_option_reaches_its_field() -> None:
         with_token_ids=True,
         max_error_rate=0.25,
         retry_failed=True,
+        trace="t.json",
         address="local",
     )
     # Nothing above happens to be the default: otherwise a swapped or lost option would go unnoticed.

@@ -224,6 +224,11 @@ def summary(**changes: object) -> CaptionSummary:
         "output": "out",
         "status_counts": {"ok": 2, "too_large": 1},
         "startup": {"ray": 1.0, "stages": 3.0},
+        "bubble": 0.145,
+        "steps": 40,
+        "tokens_per_step": 25.5,
+        "model_seconds": [4.0, 4.25],
+        "outside_seconds": [0.05, 0.25],
     }
     return CaptionSummary(**{**fields, **changes})  # type: ignore[arg-type]
 
@@ -236,6 +241,12 @@ def test_the_summary_survives_json_and_has_what_others_rely_on() -> None:
     )
     assert set(promised.split()) <= set(written)
     assert CaptionSummary(**written) == summary()
+
+
+def test_a_summary_of_an_earlier_version_is_read() -> None:
+    later = {"bubble", "steps", "tokens_per_step", "model_seconds", "outside_seconds"}
+    old = CaptionSummary(**{name: value for name, value in summary().to_json().items() if name not in later})  # type: ignore[arg-type]
+    assert (old.rows, old.stage_busy, old.steps) == (3, [0.81, 0.9], 0)
 
 
 @pytest.mark.parametrize("wrong", [{"ok": 3}, {"rows": 2}, {"status_counts": {"ok": 2}}])
@@ -251,6 +262,8 @@ def test_the_table_shows_the_figures() -> None:
     Console(file=stream, width=60).print(as_table(summary(output="s3://bucket/[a]/" + "x" * 80)))
     text = stream.getvalue()
     for part in ["3: 2 ok, 1 errors", "too_large 1", "0.60 images/s", "81%, 90%", "ray 1.0 s, stages 3.0 s"]:
+        assert part in text
+    for part in ["bubble", "14%", "40, of 25.5 tokens on average", "4.00 s, 4.25 s", "0.05 s, 0.25 s"]:
         assert part in text
     # A long path is folded, not cut, and a bracket is no markup.
     assert "s3://bucket/[a]/" in text
