@@ -146,7 +146,7 @@ class PipelineConfig:
     device: Device = "auto"
     dtype: DType = "auto"
     layers_per_stage: tuple[int, ...] | None = None
-    rows_per_microbatch: int = 32
+    rows_per_microbatch: int = 64
     kv_tokens_per_microbatch: int = 16_384
     prefill_tokens_per_step: int = 8_192
     placement_timeout_s: float = 600.0

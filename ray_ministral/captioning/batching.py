@@ -16,6 +16,12 @@ import numpy as np
 
 from ray_ministral.captioning.plan import Prefill, StepPlan, in_blocks
 
+WAITING_BYTES = 256 << 20
+"""Pixels of requests that wait for a microbatch, of one replica."""
+
+FIRST_GUESS = 32
+"""Tokens of a caption, before any has ended."""
+
 FinishCheck = Callable[[Sequence[int]], str | None]
 """Given the generated ids, the finish reason (`stop`) or None to go on."""
 
@@ -33,6 +39,7 @@ class Request:
     max_new_tokens: int
     sample_key: int
     pixels: tuple[Any, int] | None = None
+    pixel_bytes: int = 0
     attempts: int = 1
     alone: bool = False
     generated: list[int] = field(default_factory=list)
@@ -86,7 +93,13 @@ class BatchScheduler:
         kv_tokens_per_microbatch: int,
         prefill_tokens_per_step: int,
         finish_check: FinishCheck,
+        paced: bool,
     ) -> None:
+        """`paced`: admit no faster than rows end in the long run.
+
+        Else rows that begin together end together, and all prompts come in one wave and all decoding in another: with
+        vision on the first stage and the output layer on the last, one of them then waits for the other all the time.
+        """
         self.waiting: deque[Request] = deque()
         self.microbatches = [Microbatch(index) for index in range(microbatches)]
         self._rows_limit = rows_per_microbatch
@@ -94,6 +107,8 @@ class BatchScheduler:
         self._prefill_limit = prefill_tokens_per_step
         self._finish_check = finish_check
         self._steps = 0
+        self._paced = paced
+        self._ended = self._said = 0
 
     @property
     def active(self) -> int:
@@ -107,7 +122,12 @@ class BatchScheduler:
 
     @property
     def room(self) -> int:
-        """How many more requests are worth having at hand: enough to fill every microbatch once over."""
+        """How many more requests are worth having at hand: enough to fill every microbatch once over.
+
+        None while the images of those that wait have `WAITING_BYTES`: their pixels are held in memory.
+        """
+        if sum(request.pixel_bytes for request in self.waiting) >= WAITING_BYTES:
+            return 0
         return max(0, 2 * self._rows_limit * len(self.microbatches) - self.active - len(self.waiting))
 
     def fits(self, request: Request) -> bool:
@@ -138,6 +158,8 @@ class BatchScheduler:
                 reason = "length"
             if reason is not None:
                 finished.append(Finished(request, reason))
+                self._ended += 1
+                self._said += len(request.generated)
             keep.append(request if reason is None else None)
         microbatch.running, microbatch.moves = _compact(keep)
         return finished
@@ -200,7 +222,8 @@ class BatchScheduler:
         admitted: list[Request] = []
         held = sum(in_blocks(request.kv_tokens) for request in microbatch.running)
         prompt_tokens = 0
-        while self.waiting and len(microbatch.running) + len(admitted) < limit:
+        most = self._pace(limit) if self._paced and self.waiting else limit
+        while self.waiting and len(microbatch.running) + len(admitted) < limit and len(admitted) < most:
             request = self.waiting[0]
             held += in_blocks(request.kv_tokens)
             prompt_tokens += len(request.token_ids)
@@ -212,6 +235,11 @@ class BatchScheduler:
             if request.alone:
                 break
         return admitted
+
+    def _pace(self, rows: int) -> int:
+        """Rows that a microbatch of `rows` loses in a step, on average, once it is full."""
+        said = self._said / self._ended if self._ended else min(FIRST_GUESS, self.waiting[0].max_new_tokens)
+        return max(1, round(rows / said))
 
 
 def _next_position(request: Request) -> int:

@@ -139,12 +139,15 @@ class Captioner:
 
     def _scheduler(self) -> BatchScheduler:
         config = self.config.pipeline
+        microbatches = config.stages + 1
+        at_once = config.replicas * microbatches * config.rows_per_microbatch
         return BatchScheduler(
-            microbatches=config.stages + 1,
+            microbatches=microbatches,
             rows_per_microbatch=config.rows_per_microbatch,
             kv_tokens_per_microbatch=config.kv_tokens_per_microbatch,
             prefill_tokens_per_step=config.prefill_tokens_per_step,
             finish_check=self._job.finish_check,
+            paced=config.stages > 1 and self._job.plan.rows > at_once,
         )
 
     def _start_prepare(self, shards: Any) -> Any:
@@ -191,6 +194,7 @@ class Captioner:
             max_new_tokens=most if row.max_new_tokens is None else min(most, row.max_new_tokens),
             sample_key=sample_key(self._job.plan.shards[shard_index], row.row),
             pixels=(prepared.pixels, index) if row.image_sizes else None,
+            pixel_bytes=sum(3 * height * width for height, width in row.image_sizes),
         )
         replica.scheduler.add(request)
 

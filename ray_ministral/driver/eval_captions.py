@@ -66,6 +66,7 @@ class EvalCaptioner:
             rows_per_microbatch=config.rows_per_microbatch,
             kv_tokens_per_microbatch=max(config.kv_tokens_per_microbatch, *(r.kv_tokens for r in requests)),
             prefill_tokens_per_step=config.prefill_tokens_per_step,
+            paced=False,
             finish_check=partial(finish_reason, sampling=self._sampling, tokenizer=self._job.tokenizer),
         )
         for request in requests:

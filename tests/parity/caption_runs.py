@@ -78,6 +78,7 @@ def caption(
     prefill_tokens: int = 8192,
     keys: Sequence[int] | None = None,
     order_seed: int = 0,
+    paced: bool = False,
 ) -> Run:
     """Caption `rows`; those of them that fit at once are offered to the scheduler little by little."""
     sampling = sampling or SamplingConfig(max_new_tokens=12)
@@ -88,6 +89,7 @@ def caption(
         kv_tokens_per_microbatch=kv_tokens,
         prefill_tokens_per_step=prefill_tokens,
         finish_check=lambda generated: "stop" if generated[-1] in stop_ids else None,
+        paced=paced,
     )
     blocks: dict[int, Pixels] = {}
     for index, row in enumerate(rows):

@@ -79,6 +79,7 @@ def test_greedy(
         rows_per_microbatch=rows_per_microbatch,
         stop_ids=stop_ids,
         order_seed=rows_per_microbatch,
+        paced=rows_per_microbatch == 3,
     )
     assert run.captions == [until_stop(ids, stop_ids) for ids in expected]
     assert run.reasons == ["stop" if ids[-1] in stop_ids else "length" for ids in run.captions]

@@ -9,20 +9,22 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from ray_ministral.captioning.batching import BatchScheduler, Launch, Request
+from ray_ministral.captioning.batching import WAITING_BYTES, BatchScheduler, Launch, Request
 from ray_ministral.captioning.plan import StepPlan, in_blocks
 
 STOP = 0
 
 
-def make_scheduler(**changes: int) -> BatchScheduler:
+def make_scheduler(*, paced: bool = False, **changes: int) -> BatchScheduler:
     options = {
         "microbatches": 3,
         "rows_per_microbatch": 4,
         "kv_tokens_per_microbatch": 256,
         "prefill_tokens_per_step": 30,
     }
-    return BatchScheduler(**{**options, **changes}, finish_check=lambda ids: "stop" if ids[-1] == STOP else None)
+    return BatchScheduler(
+        **{**options, **changes}, paced=paced, finish_check=lambda ids: "stop" if ids[-1] == STOP else None
+    )
 
 
 def make_request(key: int, length: int = 5, new: int = 4, **options: object) -> Request:
@@ -111,7 +113,7 @@ def test_any_order_of_events(seed: int, fail_rate: float) -> None:
         "prefill_tokens_per_step": chance.randint(1, 60),
     }
     stop_rate = chance.choice([0.0, 0.2, 0.9])
-    scheduler = make_scheduler(**limits)
+    scheduler = make_scheduler(**limits, paced=bool(seed % 2))
     requests = {
         key: make_request(
             key,
@@ -182,6 +184,48 @@ def test_rows_are_spread_evenly() -> None:
     assert [launch.plan.num_slots for launch in scheduler.launches()] == [3, 3, 1]
     assert scheduler.active == 7
     assert scheduler.room == 2 * 4 * 3 - 7
+
+
+def test_rows_come_as_fast_as_they_go() -> None:
+    """Captions of eight tokens in microbatches of sixteen rows: two of them end in each step, once all is running."""
+    scheduler = make_scheduler(microbatches=2, rows_per_microbatch=16, kv_tokens_per_microbatch=10_000, paced=True)
+    key, entered, running = 0, [], []
+    for _ in range(60):
+        while scheduler.room:
+            scheduler.add(make_request(key, length=2, new=8))
+            key += 1
+        for launch in scheduler.launches():
+            entered.append(len(launch.plan.prefills))
+            running.append(launch.plan.num_decode)
+            finish(scheduler, launch)
+    assert set(entered[:16]) == {2}
+    assert set(entered[60:]) == {2}, "for ever, not in waves"
+    assert set(running[60:]) == {14}
+
+
+def test_the_pace_follows_what_captions_are_like() -> None:
+    """They may have a thousand tokens and end after two: half of a microbatch ends in each step."""
+    scheduler = make_scheduler(microbatches=1, rows_per_microbatch=16, kv_tokens_per_microbatch=10**6, paced=True)
+    entered = []
+    for key in range(400):
+        scheduler.add(make_request(key, length=2, new=1000))
+    for turn in range(40):
+        for launch in scheduler.launches():
+            entered.append(len(launch.plan.prefills))
+            tokens = [STOP] * launch.plan.num_decode + [7] * entered[-1]
+            scheduler.complete(launch.plan, np.asarray(tokens, dtype=np.int32))
+        if turn == 0:
+            assert entered == [1], "nothing has ended yet: a cautious guess"
+    assert entered[-1] == 8
+
+
+def test_images_that_wait_have_bounded_bytes() -> None:
+    scheduler = make_scheduler()
+    assert scheduler.room == 24
+    scheduler.add(make_request(0, pixels=("block", 0), pixel_bytes=WAITING_BYTES))
+    assert scheduler.room == 0
+    scheduler.launches()
+    assert scheduler.room == 23
 
 
 def test_a_step_without_rows_is_no_step() -> None:
