@@ -6,7 +6,6 @@ last one the output layer. So a profile needs no more memory than the stage does
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,19 +28,22 @@ from ray_ministral.pipeline.partition import layer_flops, tower_flops
 from ray_ministral.pipeline.pixels import PixelTable
 from ray_ministral.pipeline.stage import PipelineStage
 
-BUDGET_S = 1.5
-"""Longest time for one part. A part that would take longer is measured on less, and the rest is reckoned by FLOPs."""
+LONG_S = 1.5
+"""A run that would take longer is not made: its time is reckoned from those of smaller ones."""
 
-ENOUGH_S = 0.1
-"""Short parts are repeated for so long: a core that others use, too, is no matter then."""
+ENOUGH_S, ONCE_S = 0.1, 0.4
+"""Short runs are repeated for at least the one, long ones only until the other is used up."""
 
 LEAST_REPEATS, MOST_REPEATS = 3, 50
 
 LARGE_LAYER = 20_000_000
 """Parameters of a layer above which one is measured alone: what every step costs besides does not count then."""
 
-SMALL_TOKENS, SMALL_PATCHES = 32, 4
+SMALL_TOKENS, SMALL_PATCHES = (32, 128), (2, 4)
+"""Smaller runs: tokens of a prompt, and image tokens along the sides of an image."""
+
 PATTERN = 1 << 20
+"""Random numbers that are drawn; weights have them again and again."""
 
 
 def measure(options: StageOptions, sampling: SamplingConfig, shapes: Shapes) -> Profile:
@@ -65,6 +67,7 @@ class _Bench:
         self.first, self.last = options.spec.is_first, options.spec.is_last
         self.stage = PipelineStage(options)
         self.device, self.dtype = self.stage.device, self.stage.dtype
+        self._warm = False
         self.random = np.random.default_rng(0)
         spec = StageSpec(0, self.layers, self.first, self.last)
         model = Ministral3Model(config, stage=spec, dtype=self.dtype, device=self.device, initialize=False)
@@ -93,8 +96,8 @@ class _Bench:
             area = self.arch.vision.patch_size**2
             return sum(tower_flops(self.arch, height * width // area) for height, width in some)
 
-        height, width = (min(side, SMALL_PATCHES * patch) for side in sizes[0])
-        return self._ladder([(work(some), run_on(some)) for some in ([(height, width)], sizes[:1], sizes)])
+        smaller = [[(min(sizes[0][0], side * patch), min(sizes[0][1], side * patch))] for side in SMALL_PATCHES]
+        return self._largest([(work(some), run_on(some)) for some in (*smaller, sizes[:1], sizes)])
 
     def embedding(self) -> float:
         """The tokens of a prompt."""
@@ -109,9 +112,8 @@ class _Bench:
             pieces = tuple(Prefill(slot, 0, length, completes=True) for slot, length in enumerate(lengths))
             return self._step(self._cache(), _plan([], pieces))
 
-        small = min(tokens, SMALL_TOKENS)
-        rungs = [(length, count) for length, count in ((small, 1), (tokens, 1), (tokens, many))]
-        seconds = self._ladder(
+        rungs = [*((min(tokens, small), 1) for small in SMALL_TOKENS), (tokens, 1), (tokens, many)]
+        seconds = self._largest(
             [(count * layer_flops(self.arch, length), run_on([length] * count)) for length, count in rungs]
         )
         return seconds / self.layers / many
@@ -164,24 +166,28 @@ class _Bench:
 
     # Time
 
-    def _ladder(self, rungs: Sequence[tuple[float, Callable[[], object]]]) -> float:
-        """Seconds of the last of some ever larger runs, each with its FLOPs; reckoned where it would take too long."""
-        seconds, done = 0.0, 0.0
-        for work, run in rungs:
-            if done and (LEAST_REPEATS + 1) * seconds * work / done > BUDGET_S:
+    def _largest(self, runs: Sequence[tuple[float, Callable[[], object]]]) -> float:
+        """Seconds of the last of some ever larger runs, each with its FLOPs; of one that is too long see `reckoned`."""
+        points: list[tuple[float, float]] = []
+        for work, run in runs:
+            if points and work <= points[-1][0]:
+                continue
+            if len(points) > 1 and reckoned(points, work) > LONG_S:
                 break
-            seconds, done = self._time(run), work
-        return seconds * rungs[-1][0] / done
+            points.append((work, self._time(run)))
+        return reckoned(points, runs[-1][0])
 
     def _time(self, run: Callable[[], object]) -> float:
-        """The median of some runs, after one that does not count."""
-        self._once(run)
-        times: list[float] = []
-        while len(times) < MOST_REPEATS:
+        """The shortest of some runs, as others may use the cores, too.
+
+        The first one does not count, unless it is so long that it hardly matters.
+        """
+        first = self._once(run)
+        times = [first] if first > ONCE_S and self._warm else []
+        while len(times) < MOST_REPEATS and sum(times) < (ENOUGH_S if len(times) >= LEAST_REPEATS else ONCE_S):
             times.append(self._once(run))
-            if sum(times) > (ENOUGH_S if len(times) >= LEAST_REPEATS else BUDGET_S):
-                break
-        return statistics.median(times)
+        self._warm = True
+        return min(times)
 
     def _once(self, run: Callable[[], object]) -> float:
         started = time.perf_counter()
@@ -192,8 +198,17 @@ class _Bench:
         return time.perf_counter() - started
 
 
+def reckoned(points: Sequence[tuple[float, float]], work: float) -> float:
+    """Seconds for so much `work`, on the line through the last two measured (work, seconds), or through 0 and one.
+
+    A step has costs that do not grow with its work; most of all in bf16 on CPU, where weights are laid out anew.
+    """
+    (work_0, seconds_0), (work_1, seconds_1) = ((0.0, 0.0), *points)[-2:]
+    return seconds_1 + max(0.0, seconds_1 - seconds_0) * (work - work_1) / (work_1 - work_0)
+
+
 def fill(model: torch.nn.Module) -> None:
-    """Small random weights, fast: one pattern again and again. (Zeros, NaN or denormal numbers would take other times.)"""
+    """Small random weights, fast: one pattern again and again. (Zeros or denormal numbers would take other times.)"""
     generator = torch.Generator().manual_seed(0)
     pattern = torch.empty(PATTERN).normal_(0, 0.02, generator=generator)
     with torch.no_grad():

@@ -21,7 +21,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Costs:
-    """Cost of each decoder layer, and of what the first and the last stage have besides, in one unit (FLOPs or seconds)."""
+    """Cost of each decoder layer, and of what the first and the last stage have besides: in FLOPs, or in seconds."""
 
     layers: tuple[float, ...]
     first: float
