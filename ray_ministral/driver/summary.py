@@ -30,6 +30,9 @@ class CaptionSummary:
         output: the output folder.
         status_counts: rows of each `status`.
         startup: what start-up was spent on, in seconds, in order.
+        layers_per_stage, estimated_share: decoder layers of each stage, and the fraction of all work that it was
+            expected to have.
+        split_by: who has cut the model there: `given`, `measured` or `flops`; see `split.Split`.
     """
 
     rows: int
@@ -46,6 +49,9 @@ class CaptionSummary:
     output: str
     status_counts: dict[str, int] = field(default_factory=dict)
     startup: dict[str, float] = field(default_factory=dict)
+    layers_per_stage: list[int] = field(default_factory=list)
+    estimated_share: list[float] = field(default_factory=list)
+    split_by: str = ""
 
     def __post_init__(self) -> None:
         # The summary is what people believe: better no summary than one that does not add up.
@@ -85,6 +91,9 @@ def _lines(summary: CaptionSummary) -> Iterator[tuple[str, str]]:
         yield "start-up", ", ".join(f"{step} {seconds:.1f} s" for step, seconds in summary.startup.items())
     yield "speed", f"{summary.images_per_second:.2f} images/s, {summary.generated_tokens_per_second:.1f} tokens/s"
     yield "pipeline", f"{summary.stages} stages, {summary.replicas} replicas, {summary.recoveries} recoveries"
+    if summary.layers_per_stage:
+        shares = ", ".join(f"{share:.0%}" for share in summary.estimated_share)
+        yield "layers", f"{' + '.join(map(str, summary.layers_per_stage))} ({summary.split_by}), estimated {shares}"
     if summary.stage_busy:
         yield "stages busy", ", ".join(f"{fraction:.0%}" for fraction in summary.stage_busy)
     yield "output", summary.output
