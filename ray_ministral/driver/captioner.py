@@ -20,11 +20,12 @@ from ray_ministral.captioning.request import OK, PreparedRow, RowFailure, RowRes
 from ray_ministral.config import CaptionConfig, StageOptions
 from ray_ministral.driver import tasks
 from ray_ministral.driver.clock import Clock
-from ray_ministral.driver.cluster import connected, resolve
+from ray_ministral.driver.cluster import Resolved, connected, resolve
 from ray_ministral.driver.feeder import Feeder, Prepared
 from ray_ministral.driver.job import CaptionJob
 from ray_ministral.driver.parts import PartTracker
 from ray_ministral.driver.pipeline import Pipeline, describe_error, raise_if_ours, root_cause
+from ray_ministral.driver.profiling import Profiling
 from ray_ministral.driver.progress import Progress
 from ray_ministral.driver.replica import Replica, RowKey, sample_key
 from ray_ministral.driver.stage_actor import stage_actor_class
@@ -73,7 +74,7 @@ class Captioner:
             logger.info("%s is finished already: nothing to do", job.ledger.output)
             return job.finished
         with ExitStack() as stack:
-            self._job = job
+            self._job, self._split = job, job.split
             self._tracker = PartTracker(job.plan.shards, job.committed, job.failed_rows)
             self._writes: dict[Any, tuple[int, float]] = {}
             self._trace = stack.enter_context(Trace(self.config.trace))
@@ -87,6 +88,8 @@ class Captioner:
                 self._spans.poll()
                 progress.update(**vars(self._tracker.totals))
             summary = self._summary()
+            for line in self._split.outcome(summary.stage_busy) if self._replicas else ():
+                progress.message(line)
         job.ledger.finish(summary.to_json())
         return summary
 
@@ -108,6 +111,20 @@ class Captioner:
     def _start_replicas(self, stack: ExitStack) -> list[Replica]:
         config = self.config.pipeline
         resolved = resolve(config)
+        pipelines: list[Pipeline] = []
+        for index in range(config.replicas):
+            pipeline = Pipeline.start(
+                f"replica {index}",
+                actor_class=self._actor_class or stage_actor_class(),
+                num_stages=config.stages,
+                config=config,
+                resolved=resolved,
+                announce=self._progress.message,
+            )
+            stack.callback(pipeline.close)
+            pipelines.append(pipeline)
+        self._clock.lap("placement")
+        measuring = self._choose_split(pipelines, resolved)
         arguments = [
             (
                 StageOptions(self._job.model_dir, spec, resolved.device, resolved.dtype, resolved.threads),
@@ -115,27 +132,24 @@ class Captioner:
                 config.kv_tokens_per_microbatch,
                 self._trace.is_on,
             )
-            for spec in self._job.partition.stages
+            for spec in self._split.partition.stages
         ]
-        pipelines: list[Pipeline] = []
-        for index in range(config.replicas):
-            pipeline = Pipeline.start(
-                f"replica {index}",
-                actor_class=self._actor_class or stage_actor_class(),
-                num_stages=len(arguments),
-                config=config,
-                resolved=resolved,
-                announce=self._progress.message,
-            )
-            stack.callback(pipeline.close)
+        for pipeline in pipelines:
             pipeline.load(arguments)
-            pipelines.append(pipeline)
-        self._clock.lap("placement")
         for pipeline in pipelines:
             pipeline.wait_ready(config.start_timeout_s, self._progress.message)
         slowest = max((r for p in pipelines for r in p.reports), key=lambda r: r.import_seconds + r.load_seconds)
-        self._clock.lap("stages", imports=slowest.import_seconds, weights=slowest.load_seconds)
+        self._clock.lap("stages", imports=slowest.import_seconds, measuring=measuring, weights=slowest.load_seconds)
         return [Replica(pipeline, self._scheduler()) for pipeline in pipelines]
+
+    def _choose_split(self, pipelines: list[Pipeline], resolved: Resolved) -> float:
+        """Where to cut the model; returns the seconds that the stages measured for."""
+        job, announce = self._job, self._progress.message
+        rows = job.plan.rows - self._tracker.done_before
+        profiling = Profiling(self.config, job.arch, job.model_dir, rows, resolved, announce)
+        self._split = profiling.choose(job.split, pipelines, self._feeder)
+        announce(self._split.describe())
+        return profiling.seconds
 
     def _scheduler(self) -> BatchScheduler:
         config = self.config.pipeline
@@ -364,4 +378,7 @@ class Captioner:
             tokens_per_step=figures.tokens_per_step,
             model_seconds=figures.model_seconds,
             outside_seconds=figures.outside_seconds,
+            layers_per_stage=list(self._split.partition.layers_per_stage),
+            estimated_share=list(self._split.shares),
+            split_by=self._split.by,
         )

@@ -8,6 +8,7 @@ that it was at are prepared again one by one, so that the row at fault stands al
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -63,12 +64,13 @@ class Feeder:
         self._start = start
         self._units: deque[_Unit] = deque()
         self._ahead = units_ahead
+        self._peeked: Prepared | None = None
         self.fill()
 
     @property
     def exhausted(self) -> bool:
         """Whether every row has been taken."""
-        return not self._units and not self._todo
+        return not self._units and not self._todo and self._peeked is None
 
     def fill(self) -> None:
         """Start units until enough are under way."""
@@ -91,8 +93,23 @@ class Feeder:
         """What `ray.wait` can wait on for the next chunk; None when there is none to come."""
         return self._units[0].generator if self._units else None
 
+    def peek(self, timeout_s: float) -> Prepared | None:
+        """The next chunk, which `take` gives once more; None where none comes within the time. Raises as `take`."""
+        deadline = time.monotonic() + timeout_s
+        while self._peeked is None and not self.exhausted:
+            self._peeked = self.take()
+            left = deadline - time.monotonic()
+            if self._peeked is not None or left <= 0:
+                break
+            if self._units:
+                ray.wait([self._units[0].generator], timeout=left, fetch_local=False)
+        return self._peeked
+
     def take(self) -> Prepared | None:
         """The next chunk if one is ready, else None. Raises what is wrong with a file, a model or the cluster."""
+        if self._peeked is not None:
+            prepared, self._peeked = self._peeked, None
+            return prepared
         while self._units:
             unit = self._units[0]
             ready, _ = ray.wait([unit.generator], timeout=0, fetch_local=False)

@@ -14,11 +14,12 @@ from ray_ministral.data.fingerprint import fingerprint
 from ray_ministral.data.ledger import Ledger
 from ray_ministral.data.parts import PartInfo, read_failed_rows
 from ray_ministral.data.shards import ShardPlan, plan_shards
+from ray_ministral.driver.split import Split
 from ray_ministral.driver.summary import CaptionSummary
 from ray_ministral.errors import ConfigError
 from ray_ministral.model.architecture import Architecture, load_config
 from ray_ministral.model.checkpoint import Checkpoint
-from ray_ministral.pipeline.partition import Costs, Partition, stage_parameters
+from ray_ministral.pipeline.partition import stage_parameters
 
 STOP = "stop"
 
@@ -27,6 +28,7 @@ STOP = "stop"
 class CaptionJob:
     """A captioning job that can run: its model, its cut into stages, its shards, its output folder.
 
+    `split` may give way to a measured one when the stages are there; captions do not depend on it.
     `committed` are the parts that earlier runs have written, by name; `failed_rows`, by shard, the rows in them that
     `--retry-failed` does again; `finished` is the summary of a job that has nothing left to do.
     """
@@ -34,7 +36,7 @@ class CaptionJob:
     config: CaptionConfig
     model_dir: str
     arch: Architecture
-    partition: Partition
+    split: Split
     tokenizer: PromptTokenizer
     plan: ShardPlan
     ledger: Ledger
@@ -52,7 +54,7 @@ class CaptionJob:
         hf_config = load_config(model_dir)
         Checkpoint.open(model_dir).check(hf_config)
         arch = Architecture.from_config(hf_config)
-        partition = _partition(config, arch)
+        split = Split.before_measuring(config.pipeline, arch)
         tokenizer = PromptTokenizer(model_dir)
         check_prompt(config.prompt, tokenizer)
         _max_prompt_tokens(config, arch)
@@ -82,7 +84,7 @@ class CaptionJob:
             config=config,
             model_dir=model_dir,
             arch=arch,
-            partition=partition,
+            split=split,
             tokenizer=tokenizer,
             plan=plan,
             ledger=ledger,
@@ -121,17 +123,19 @@ class CaptionJob:
             f"columns carried over: {', '.join(plan.carried_columns) or 'none'}",
             f"output: {self.ledger.output}; {len(self.committed)} parts with {done} rows are there already",
             f"model: {self.model_dir}; {self.arch.num_layers} decoder layers, hidden size {self.arch.hidden_size}",
-            f"pipeline: {config.pipeline.replicas} x {len(self.partition.stages)} stages",
+            f"pipeline: {config.pipeline.replicas} x {config.pipeline.stages} stages",
         ]
-        kv_tokens = config.pipeline.kv_tokens_per_microbatch * (len(self.partition.stages) + 1)
-        for index, stage in enumerate(self.partition.stages):
+        if self.split.is_to_be_measured:
+            lines.append("  where to cut is measured on the stages when the job starts; what counting FLOPs suggests:")
+        kv_tokens = config.pipeline.kv_tokens_per_microbatch * (config.pipeline.stages + 1)
+        for index, (stage, share) in enumerate(zip(self.split.partition.stages, self.split.shares, strict=True)):
             parameters = stage_parameters(self.arch, stage)
             cache = kv_tokens * len(stage.layers) * self.arch.kv_elements_per_token_and_layer
             holds = ["vision tower, projector, embedding"] if stage.is_first else []
             holds.append(f"layers {stage.first_layer} to {stage.end_layer - 1}")
             holds += ["output layer"] if stage.is_last else []
             lines.append(
-                f"  stage {index}: {', '.join(holds)}; {parameters / 1e6:.1f} M parameters, "
+                f"  stage {index}: {', '.join(holds)}; {share:.0%} of the work, {parameters / 1e6:.1f} M parameters, "
                 f"{parameters * bytes_each / 1e9:.2f} GB, and at most {cache * bytes_each / 1e9:.2f} GB of KV cache "
                 f"(at {bytes_each} bytes a value)"
             )
@@ -147,12 +151,6 @@ def finish_reason(generated: Sequence[int], *, sampling: SamplingConfig, tokeniz
         if any(stop in text for stop in sampling.stop):
             return STOP
     return None
-
-
-def _partition(config: CaptionConfig, arch: Architecture) -> Partition:
-    if config.pipeline.layers_per_stage is not None:
-        return Partition.from_layers(config.pipeline.layers_per_stage, arch.num_layers)
-    return Partition.balanced(Costs.from_flops(arch), config.pipeline.stages)
 
 
 def _max_prompt_tokens(config: CaptionConfig, arch: Architecture) -> int:

@@ -39,6 +39,7 @@ class Pipeline:
         self.generation = generation
         self._group = group
         self.actors = actors
+        self.warm_ups: list[Any] = []
         self._loads: list[Any] = []
         self.reports: list[LoadReport] = []
 
@@ -70,7 +71,7 @@ class Pipeline:
                     runtime_env={"env_vars": STAGE_ENVIRONMENT | {"OMP_NUM_THREADS": str(resolved.threads)}},
                 ).remote()
                 pipeline.actors.append(actor)
-                actor.warm_up.remote()  # what goes wrong here goes wrong in `load`, too
+                pipeline.warm_ups.append(actor.warm_up.remote())  # what goes wrong here goes wrong in `load`, too
         except BaseException:
             pipeline.close()
             raise

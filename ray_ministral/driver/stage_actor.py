@@ -20,6 +20,7 @@ from ray_ministral.captioning.step_times import StageTotals, StepSpan
 from ray_ministral.config import SamplingConfig, StageOptions
 
 if TYPE_CHECKING:
+    from ray_ministral.captioning.costs import Profile, Shapes
     from ray_ministral.captioning.stage import CaptionStage
 
 HEALTH = "health"
@@ -28,7 +29,7 @@ HEALTH = "health"
 
 @dataclass(frozen=True)
 class StageStatus:
-    """Where a stage is: `phase` is starting, importing, loading or ready; bytes of its weights read so far."""
+    """Where a stage is: `phase` is starting, importing, measuring, loading or ready; bytes of weights read so far."""
 
     phase: str
     loaded_bytes: int = 0
@@ -62,6 +63,13 @@ class StageActor:
         from ray_ministral.captioning.stage import CaptionStage  # noqa: F401
 
         self._import_seconds = time.perf_counter() - started
+
+    def profile(self, options: StageOptions, sampling: SamplingConfig, shapes: Shapes) -> Profile:
+        """See `captioning.profile`; between `warm_up` and `load`."""
+        from ray_ministral.captioning.profile import measure
+
+        self._status = StageStatus("measuring")
+        return measure(options, sampling, shapes)
 
     def load(
         self, options: StageOptions, sampling: SamplingConfig, kv_tokens_per_microbatch: int, traced: bool = False

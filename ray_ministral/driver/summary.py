@@ -39,6 +39,9 @@ class CaptionSummary:
         model_seconds: for each stage, of the time in steps, what went to the model, sampling included; over the
             replicas, the mean.
         outside_seconds: for each stage the rest of the time in steps: wire, KV cache, plan, pixels.
+        layers_per_stage, estimated_share: decoder layers of each stage, and the fraction of all work that it was
+            expected to have.
+        split_by: who has cut the model there: `given`, `measured` or `flops`; see `split.Split`.
     """
 
     rows: int
@@ -60,6 +63,9 @@ class CaptionSummary:
     tokens_per_step: float = 0.0
     model_seconds: list[float] = field(default_factory=list)
     outside_seconds: list[float] = field(default_factory=list)
+    layers_per_stage: list[int] = field(default_factory=list)
+    estimated_share: list[float] = field(default_factory=list)
+    split_by: str = ""
 
     def __post_init__(self) -> None:
         # The summary is what people believe: better no summary than one that does not add up.
@@ -131,6 +137,9 @@ def _lines(summary: CaptionSummary) -> Iterator[tuple[str, str]]:
         yield "start-up", ", ".join(f"{step} {seconds:.1f} s" for step, seconds in summary.startup.items())
     yield "speed", f"{summary.images_per_second:.2f} images/s, {summary.generated_tokens_per_second:.1f} tokens/s"
     yield "pipeline", f"{summary.stages} stages, {summary.replicas} replicas, {summary.recoveries} recoveries"
+    if summary.layers_per_stage:
+        shares = ", ".join(f"{share:.0%}" for share in summary.estimated_share)
+        yield "layers", f"{' + '.join(map(str, summary.layers_per_stage))} ({summary.split_by}), estimated {shares}"
     if summary.stage_busy:
         yield "stages busy", ", ".join(f"{fraction:.0%}" for fraction in summary.stage_busy)
     if summary.steps:

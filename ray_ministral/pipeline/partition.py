@@ -21,7 +21,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Costs:
-    """Cost of each decoder layer, and of what the first and the last stage have besides, in one unit (here FLOPs)."""
+    """Cost of each decoder layer, and of what the first and the last stage have besides: in FLOPs, or in seconds."""
 
     layers: tuple[float, ...]
     first: float
@@ -35,11 +35,20 @@ class Costs:
         side = max(1, min(work.image_side, vision.image_size) // vision.merged_patch_size)
         image_tokens = side * side
         patches = image_tokens * vision.merge_size**2
-        tower = 2.0 * arch.vision_parameters * patches + 4.0 * patches**2 * vision.hidden_size * vision.num_layers
         tokens = image_tokens + side + work.text_tokens + work.new_tokens
-        attention = 2.0 * tokens**2 * arch.num_heads * arch.head_dim
-        layer = 2.0 * arch.layer_parameters * tokens + attention
-        return cls((layer,) * arch.num_layers, tower, 2.0 * arch.embedding_parameters * work.new_tokens)
+        layers = (layer_flops(arch, tokens),) * arch.num_layers
+        return cls(layers, tower_flops(arch, patches), 2.0 * arch.embedding_parameters * work.new_tokens)
+
+
+def tower_flops(arch: Architecture, patches: int) -> float:
+    """FLOPs of the vision tower and projector for one image."""
+    vision = arch.vision
+    return 2.0 * arch.vision_parameters * patches + 4.0 * patches**2 * vision.hidden_size * vision.num_layers
+
+
+def layer_flops(arch: Architecture, tokens: int) -> float:
+    """FLOPs of one decoder layer for a sequence of so many tokens, from its first one on."""
+    return 2.0 * arch.layer_parameters * tokens + 2.0 * tokens**2 * arch.num_heads * arch.head_dim
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,13 @@ class Partition:
     def layers_per_stage(self) -> tuple[int, ...]:
         """Decoder layers of each stage."""
         return tuple(len(stage.layers) for stage in self.stages)
+
+    def shares(self, costs: Costs) -> tuple[float, ...]:
+        """The fraction of the whole cost that each stage has."""
+        each = [sum(costs.layers[stage.first_layer : stage.end_layer]) for stage in self.stages]
+        each[0] += costs.first
+        each[-1] += costs.last
+        return tuple(cost / sum(each) for cost in each)
 
     @classmethod
     def from_layers(cls, layers_per_stage: Sequence[int], num_layers: int) -> Partition:

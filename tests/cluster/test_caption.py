@@ -16,8 +16,11 @@ import pytest
 import ray
 
 from ray_ministral import caption
+from ray_ministral.captioning.costs import Profile
+from ray_ministral.config import StageOptions
 from ray_ministral.data.columns import output_columns
 from ray_ministral.driver import step_spans
+from ray_ministral.driver.stage_actor import HEALTH, StageActor
 from ray_ministral.driver.summary import CaptionSummary
 from tests.cluster.inputs import BAD_ALBUMS, BAD_PICTURES, make_config, picture, read_output, rows_of
 
@@ -119,8 +122,49 @@ class _NeverStarted:
 )
 def test_the_output_does_not_depend_on_the_cut(run: Run, cut: dict[str, Any]) -> None:
     _, expected = run(stages=2)
-    _, output = run(**cut)
+    summary, output = run(**cut)
     assert read_output(output).equals(read_output(expected))
+    assert summary.split_by == "given"
+    assert summary.layers_per_stage == list(cut.get("layers_per_stage", (4,)))
+
+
+def test_the_stages_are_measured_and_the_summary_says_so(run: Run) -> None:
+    _, output = run(stages=2)
+    stored = json.loads((output / "summary.json").read_text())
+    assert stored["split_by"] == "measured"
+    assert sum(stored["layers_per_stage"]) == 4
+    assert sum(stored["estimated_share"]) == pytest.approx(1.0)
+    assert 0 < stored["startup"]["stages: measuring"] < stored["startup"]["stages"]
+
+
+class Lopsided(StageActor):
+    """Image and embedding cost nearly nothing, the output layer as much as a hundred layers."""
+
+    def profile(self, options: StageOptions, *others: Any) -> Profile:
+        if options.spec.is_first:
+            return Profile(1.0, 0.0, vision=0.1, embedding=0.0)
+        return Profile(1.0, 0.0, output=1000.0)
+
+
+class Unmeasurable(StageActor):
+    def profile(self, options: StageOptions, *others: Any) -> Profile:
+        raise RuntimeError("no clock here")
+
+
+@pytest.mark.parametrize(
+    ("kind", "by", "layers"),
+    [(Lopsided, "measured", [3, 1]), (Unmeasurable, "flops", [1, 3])],
+    ids=["lopsided", "fails"],
+)
+def test_the_model_is_cut_as_the_stages_measured_or_else_by_flops(
+    run: Run, model: Path, albums: Path, tmp_path: Path, kind: type[StageActor], by: str, layers: list[int]
+) -> None:
+    config = make_config(model, albums, tmp_path / "out", prompt=PROMPT, with_token_ids=True, stages=2)
+    make: Any = ray.remote
+    actor = make(max_restarts=0, max_task_retries=0, concurrency_groups={HEALTH: 1})(kind)
+    summary = caption(config, stage_actor=actor)
+    assert (summary.split_by, summary.layers_per_stage) == (by, layers)
+    assert read_output(tmp_path / "out").equals(read_output(run(stages=2)[1])), "captions do not depend on the split"
 
 
 def test_a_timeline_has_every_step_of_every_stage_once(

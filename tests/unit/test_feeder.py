@@ -199,3 +199,47 @@ def test_only_so_many_units_are_under_way_and_close_stops_them() -> None:
     feeder.take()
     feeder.close()
     assert feeder.waitable() is None
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_chunk_that_was_looked_at_is_taken_all_the_same(times: int) -> None:
+    feeder = Feeder(WHOLE, Workers(chunk_rows=3).start)
+    looked = [feeder.peek(1.0) for _ in range(times)]
+    assert looked[0] is not None
+    assert looked == looked[:1] * times
+    taken = take_all(feeder)
+    assert taken[0] is looked[0]
+    assert keys(taken) == all_keys(WHOLE)
+    assert feeder.peek(1.0) is None, "there is no more"
+
+
+def test_the_only_chunk_is_not_forgotten_once_it_was_looked_at() -> None:
+    feeder = Feeder([shard(0, 0, 0, 2)], Workers().start)
+    assert feeder.peek(1.0) is not None
+    assert not feeder.exhausted
+    assert keys(take_all(feeder)) == [(0, 0), (0, 1)]
+
+
+def test_looking_waits_no_longer_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+
+    class Slow(FakeRay):
+        def wait(self, references: list[Any], **options: Any) -> tuple[list[Any], list[Any]]:
+            waits.append(options["timeout"])
+            return [], references
+
+    monkeypatch.setattr(feeder_module, "ray", Slow())
+    monkeypatch.setattr(feeder_module, "time", Ticking())
+    assert Feeder(WHOLE, Workers().start).peek(3.0) is None
+    assert max(waits) <= 3.0
+
+
+class Ticking:
+    """A clock on which every look takes a second."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        self.now += 1.0
+        return self.now

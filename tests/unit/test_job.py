@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -77,6 +79,14 @@ def test_describing_writes_nothing_and_names_every_stage(source: Path) -> None:
     for index in range(3):
         assert f"stage {index}:" in text
     assert text.count("vision tower") == text.count("output layer") == 1
+    assert "where to cut is measured on the stages when the job starts; what counting FLOPs suggests:" in text
+    assert sum(int(share) for share in re.findall(r"; (\d+)% of the work", text)) in {99, 100, 101}
+
+
+@pytest.mark.parametrize("options", [{"stages": 1}, {"stages": 2, "layers_per_stage": (1, 3)}], ids=str)
+def test_describing_speaks_of_no_measurement_where_there_will_be_none(source: Path, options: dict[str, Any]) -> None:
+    job = CaptionJob.plan_job(config(source, pipeline=PipelineConfig(**options)), create=False)
+    assert "measured" not in job.describe()
 
 
 def test_the_longest_prompt_leaves_room_for_the_caption(source: Path) -> None:
