@@ -287,7 +287,6 @@ class OptimizerConfig:
     `muon` steps the matrices of the layers by their orthogonalised momentum, and the rest as `adamw` does.
     """
 
-    name: OptimizerName = "adamw"
     learning_rate: float = 1e-5
     warmup_steps: int = 0
     lr_schedule: LearningRateName = "constant"
@@ -296,6 +295,7 @@ class OptimizerConfig:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
+    name: OptimizerName = "adamw"
 
     def __post_init__(self) -> None:
         _require(0 < self.learning_rate < float("inf"), f"--learning-rate must be positive, got {self.learning_rate}")

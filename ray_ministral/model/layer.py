@@ -26,18 +26,23 @@ class DecoderLayer:
         self._dim = attention.hidden_size_per_attention_head
 
     def __call__(self, hidden_states: Tensor, *_: Any, packed_seq_params: Any = None, **__: Any) -> tuple[Tensor, None]:
-        """Hidden states `[T, 1, H]`, and no context; takes Megatron's other arguments."""
-        layer = self._layer
-        hidden_T1H = hidden_states + self._attention(layer.input_layernorm(hidden_states), packed_seq_params)
-        gate_up = multiply(layer.mlp.linear_fc1, layer.pre_mlp_layernorm(hidden_T1H))
-        return hidden_T1H + multiply(layer.mlp.linear_fc2, swiglu(gate_up)), None
+        """Hidden states `[T, 1, H]`, and no context; takes Megatron's other arguments.
 
-    def _attention(self, normed_T1H: Tensor, params: Any) -> Tensor:
+        Without the dimension of one, whose stride may be anything: torch would take a product over it for a batch.
+        """
+        layer = self._layer
+        hidden_TH = hidden_states.squeeze(1)
+        hidden_TH = hidden_TH + self._attention(layer.input_layernorm(hidden_TH), packed_seq_params)
+        gate_up = multiply(layer.mlp.linear_fc1, layer.pre_mlp_layernorm(hidden_TH))
+        hidden_TH = hidden_TH + multiply(layer.mlp.linear_fc2, swiglu(gate_up))
+        return hidden_TH.unsqueeze(1), None
+
+    def _attention(self, normed_TH: Tensor, params: Any) -> Tensor:
         attention = self._layer.self_attention
-        mixed = multiply(attention.linear_qkv, normed_T1H)
+        mixed = multiply(attention.linear_qkv, normed_TH)
         mixed_TGXD = mixed.view(mixed.shape[0], self._groups, self._heads_per_group + 2, self._dim)
         query_TGXD, key_TG1D, value_TG1D = mixed_TGXD.split([self._heads_per_group, 1, 1], dim=2)
-        out = attention.core_attention(
+        out_TX = attention.core_attention(
             query_TGXD.flatten(1, 2), key_TG1D.squeeze(2), value_TG1D.squeeze(2), packed_seq_params=params
         )
-        return multiply(attention.linear_proj, out.unsqueeze(1))
+        return multiply(attention.linear_proj, out_TX)

@@ -135,7 +135,7 @@ def stop_when(run: Run, moment: Callable[[], object], number: int, *, group: boo
 
 @pytest.mark.slow
 def test_stopped_by_every_signal_and_finished_by_the_same_command(model: Path, tmp_path: Path) -> None:
-    rows = 400
+    rows = 2000
     source = write_pictures(tmp_path / "many.parquet", rows, bad=False)
     output = tmp_path / "out"
     command = caption_command(model, source, output, "--stages", 2, "--ignore-eos")

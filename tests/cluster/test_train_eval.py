@@ -106,7 +106,7 @@ def test_captions_are_those_of_a_captioning_job(kind: str, model: Path, pictures
     elif kind == "merged adapters":
         pipeline = {"stages": 2, "dtype": "float32", "replicas": 2}
         options = {"lora_rank": 4, "lora_alpha": 16.0, "merge_lora": True}
-        options["optimizer"] = OptimizerConfig(learning_rate=3e-2)
+        options["optimizer"] = OptimizerConfig(learning_rate=1e-2)
     evaluation = EvalConfig(str(pictures), captions=19, max_new_tokens=24)
     run = tmp_path / "run"
     train(make(model, pictures, run, samples, eval=evaluation, pipeline=pipeline, **options))
