@@ -114,19 +114,18 @@ def costs_of(profiles: Sequence[Profile], shapes: Shapes, num_layers: int) -> Co
         for name, seconds in vars(profile).items():
             if seconds is not None and not (math.isfinite(seconds) and seconds >= 0):
                 raise ValueError(f"{name} was measured as {seconds} seconds")
-    vision, embedding, output = (
-        (
-            max((seconds for seconds in found if seconds is not None), default=None)
-            for found in zip(*((p.vision, p.embedding, p.output) for p in profiles), strict=True)
-        )
-        if profiles
-        else (None, None, None)
-    )
-    if vision is None or embedding is None or output is None:
-        raise ValueError("nobody has measured the vision tower, the embedding or the output layer")
+    vision, embedding, output = (_slowest(profiles, part) for part in ("vision", "embedding", "output"))
     # The prompt gives a caption its first token.
     layer = max(p.prefill + (shapes.new_tokens - 1) * p.decode / shapes.rows for p in profiles)
     if not layer > 0:
         raise ValueError("a decoder layer takes no time at all")
     pixels = shapes.pixels_per_row / shapes.sample_pixels if shapes.sample_pixels else 0.0
     return Costs((layer,) * num_layers, vision * pixels + embedding, output * shapes.new_tokens / shapes.rows)
+
+
+def _slowest(profiles: Sequence[Profile], part: str) -> float:
+    """Of the stages that have measured the part."""
+    found: list[float] = [getattr(profile, part) for profile in profiles if getattr(profile, part) is not None]
+    if not found:
+        raise ValueError(f"nobody has measured the part {part!r}")
+    return max(found)

@@ -22,8 +22,9 @@ from ray_ministral.config import SamplingConfig, StageOptions, StageSpec
 from ray_ministral.data.images import ImagePreprocessor
 from ray_ministral.model import language
 from ray_ministral.model.architecture import Architecture, load_config
+from ray_ministral.model.attention import PackedAttentionParams
 from ray_ministral.model.ministral3 import Ministral3Model
-from ray_ministral.model.packed import PackedBatch
+from ray_ministral.model.rope import Rotary
 from ray_ministral.pipeline.partition import layer_flops, tower_flops
 from ray_ministral.pipeline.pixels import PixelTable
 from ray_ministral.pipeline.stage import PipelineStage
@@ -34,10 +35,13 @@ LONG_S = 1.5
 ENOUGH_S, ONCE_S = 0.1, 0.4
 """Short runs are repeated for at least the one, long ones only until the other is used up."""
 
+LONGEST_S = 25.0
+"""For all runs together: then it is given up, with TimeoutError."""
+
 LEAST_REPEATS, MOST_REPEATS = 3, 50
 
 LARGE_LAYER = 20_000_000
-"""Parameters of a layer above which one is measured alone: what every step costs besides does not count then."""
+"""Parameters of a layer above which one is measured alone; a smaller one could stay in the cache of the processor."""
 
 SMALL_TOKENS, SMALL_PATCHES = (32, 128), (4, 8)
 """Smaller runs: tokens of a prompt, and image tokens along the sides of an image."""
@@ -53,7 +57,11 @@ def measure(options: StageOptions, sampling: SamplingConfig, shapes: Shapes) -> 
     vision = bench.vision() if options.spec.is_first else None
     embedding = bench.embedding() if options.spec.is_first else None
     output = bench.output() if options.spec.is_last else None
-    return Profile(bench.prefill(), bench.decode(), vision, embedding, output)
+    profile = Profile(bench.prefill(), bench.decode(), vision, embedding, output)
+    if bench.device.type == "cuda":
+        del bench
+        torch.cuda.empty_cache()  # the weights need the room next
+    return profile
 
 
 class _Bench:
@@ -65,9 +73,11 @@ class _Bench:
         self.arch = arch = Architecture.from_config(config)
         self.layers = min(1 if arch.layer_parameters > LARGE_LAYER else 2, arch.num_layers)
         self.first, self.last = options.spec.is_first, options.spec.is_last
-        self.stage = PipelineStage(options)
-        self.device, self.dtype = self.stage.device, self.stage.dtype
+        self.model_dir = options.model_dir
+        stage = PipelineStage(options)  # for its checks and its number of threads
+        self.device, self.dtype = stage.device, stage.dtype
         self._warm = False
+        self._deadline = time.perf_counter() + LONGEST_S
         self.random = np.random.default_rng(0)
         spec = StageSpec(0, self.layers, self.first, self.last)
         model = Ministral3Model(config, stage=spec, dtype=self.dtype, device=self.device, initialize=False)
@@ -75,7 +85,7 @@ class _Bench:
         model.requires_grad_(False)
         model.eval()
         self.model: Any = model
-        self.stage.use(model)
+        self.rotary = Rotary(config)
 
     # Parts
 
@@ -84,9 +94,7 @@ class _Bench:
         sizes, patch = self.shapes.image_sizes, self.arch.vision.merged_patch_size
         if not sizes:
             return 0.0
-        table = PixelTable(
-            ImagePreprocessor(self.stage.options.model_dir).normalisation_table(), self.dtype, self.device
-        )
+        table = PixelTable(ImagePreprocessor(self.model_dir).normalisation_table(), self.dtype, self.device)
 
         def run_on(some: Sequence[tuple[int, int]]) -> Callable[[], object]:
             images = [self.random.integers(0, 256, (3, *size), dtype=np.uint8) for size in some]
@@ -149,17 +157,20 @@ class _Bench:
         return KVCache(self.layers, heads, dim, self.dtype, self.device, token_budget=budget)
 
     def _step(self, cache: KVCache, plan: StepPlan) -> Callable[[], object]:
+        """The decoder layers alone: what a step costs besides, every stage has alike, whatever the split."""
         cache.prepare(plan)
-        tokens = sum(plan.lengths())
-        batch = PackedBatch(
-            positions_T=torch.from_numpy(plan.positions()).to(self.device),
-            lengths=plan.lengths(),
-            token_ids_T=self._tokens(tokens) if self.first else None,
-            logit_rows=torch.empty(0, dtype=torch.int64, device=self.device) if self.last else None,
-            attention=CachedAttention(cache, plan, self.device),
+        positions_T = torch.from_numpy(plan.positions()).to(self.device)
+        params = PackedAttentionParams(
+            rotary=self.rotary.tables(positions_T, self.dtype), context=CachedAttention(cache, plan, self.device)
         )
-        hidden = None if self.first else torch.randn(tokens, 1, self.arch.hidden_size).to(self.device, self.dtype)
-        return lambda: self.stage.run(batch, hidden)
+        hidden_T1H = torch.randn(len(positions_T), 1, self.arch.hidden_size).to(self.device, self.dtype)
+
+        def run() -> Tensor:
+            if not self.first:
+                self.model.set_input_tensor(hidden_T1H)
+            return language.run_layers(self.model.language_model, hidden_T1H if self.first else None, params)
+
+        return run
 
     def _tokens(self, count: int) -> Tensor:
         return torch.from_numpy(self.random.integers(0, self.arch.vocab_size, count)).to(self.device)
@@ -169,13 +180,14 @@ class _Bench:
     def _largest(self, runs: Sequence[tuple[float, Callable[[], object]]]) -> float:
         """Seconds of the last of some ever larger runs, each with its FLOPs; of one that is too long see `reckoned`."""
         points: list[tuple[float, float]] = []
+        largest = runs[-1][0]
         for work, run in runs:
-            if points and work <= points[-1][0]:
-                continue
+            if points and (work <= points[-1][0] or (work < largest and reckoned(points, largest) < ENOUGH_S)):
+                continue  # what is short anyway needs no smaller runs
             if len(points) > 1 and reckoned(points, work) > LONG_S:
                 break
             points.append((work, self._time(run)))
-        return reckoned(points, runs[-1][0])
+        return reckoned(points, largest)
 
     def _time(self, run: Callable[[], object]) -> float:
         """The shortest of some runs, as others may use the cores, too.
@@ -191,6 +203,8 @@ class _Bench:
 
     def _once(self, run: Callable[[], object]) -> float:
         started = time.perf_counter()
+        if started > self._deadline:
+            raise TimeoutError(f"the parts of the model were not measured within {LONGEST_S:.0f} s")
         with torch.inference_mode():
             run()
         if self.device.type == "cuda":

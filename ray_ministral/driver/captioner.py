@@ -88,7 +88,7 @@ class Captioner:
                 self._spans.poll()
                 progress.update(**vars(self._tracker.totals))
             summary = self._summary()
-            for line in self._split.outcome(summary.stage_busy) if self._replicas else ():
+            for line in self._split.outcome(summary.stage_busy):
                 progress.message(line)
         job.ledger.finish(summary.to_json())
         return summary

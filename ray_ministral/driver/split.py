@@ -67,12 +67,14 @@ class Split:
         return f"layers of each stage: {layers}, {why[self.by]}; estimated shares of the work: {shares}"
 
     def outcome(self, stage_busy: Sequence[float]) -> list[str]:
-        """For people, after it has run: a line for each stage, of what was estimated and what was."""
+        """For people, after it has run: of each stage what was estimated and what was. Nothing where there is one
+        stage, or nothing was left to do."""
         whole = sum(stage_busy)
+        if len(self.partition.stages) == 1 or not whole:
+            return []
+        each = zip(self.partition.layers_per_stage, self.shares, stage_busy, strict=True)
         return [
-            f"stage {index}: {layers} layers, estimated {share:.0%} of the work, had "
-            f"{busy / whole if whole else 0.0:.0%} of it, was busy {busy:.2f}"
-            for index, (layers, share, busy) in enumerate(
-                zip(self.partition.layers_per_stage, self.shares, stage_busy, strict=True)
-            )
+            f"stage {index}: {layers} {'layer' if layers == 1 else 'layers'}, estimated {share:.0%} of the work, had "
+            f"{busy / whole:.0%} of it, was busy {busy:.2f}"
+            for index, (layers, share, busy) in enumerate(each)
         ]

@@ -67,10 +67,11 @@ def test_what_people_read() -> None:
         "0 ms for the output layer; estimated shares of the work: 97%, 3%"
     )
     assert split.outcome([0.9, 0.1]) == [
-        "stage 0: 1 layers, estimated 97% of the work, had 90% of it, was busy 0.90",
+        "stage 0: 1 layer, estimated 97% of the work, had 90% of it, was busy 0.90",
         "stage 1: 3 layers, estimated 3% of the work, had 10% of it, was busy 0.10",
     ]
-    assert "had 0% of it" in split.outcome([0.0, 0.0])[0], "a job that was over before it began"
+    assert split.outcome([0.0, 0.0]) == [], "a job that was over before it began"
+    assert Split.before_measuring(PipelineConfig(stages=1), ARCH).outcome([0.9]) == [], "there was nothing to choose"
 
 
 class Actor:
@@ -99,6 +100,7 @@ class NoRows:
         self.error = error
 
     def peek(self, timeout_s: float) -> None:
+        assert timeout_s <= 5, "a job should not wait long for what is only an estimate"
         if self.error is not None:
             raise self.error
 
@@ -114,7 +116,8 @@ def choose(
     monkeypatch.setattr(profiling_module, "ray", FakeRay())
     pipeline = PipelineConfig(stages=len(answers[0]), replicas=len(answers), start_timeout_s=0.05, **options)
     config = CaptionConfig(model=str(MODEL), inputs=("x",), output="y", pipeline=pipeline)
-    replicas: list[Any] = [SimpleNamespace(actors=[Actor(a) for a in own], warm_ups=list(warm_ups)) for own in answers]
+    actors = [[a if isinstance(a, SimpleNamespace) else Actor(a) for a in own] for own in answers]
+    replicas: list[Any] = [SimpleNamespace(actors=own, warm_ups=list(warm_ups)) for own in actors]
     profiling = Profiling(config, ARCH, str(MODEL), 100, Resolved("cpu", "float32", 1), lambda _: None)
     split = Split.before_measuring(pipeline, ARCH)
     chosen = profiling.choose(split, replicas, feeder or NoRows())
@@ -137,8 +140,9 @@ def test_all_stages_of_all_replicas_are_asked(monkeypatch: pytest.MonkeyPatch) -
         ([ENDS_ALONE[0], ActorDiedError()], "ActorDiedError"),
         ([ENDS_ALONE[0], Profile(float("nan"), 0.0, output=0.0)], "prefill was measured as nan seconds"),
         ([ENDS_ALONE[0], ENDS_ALONE[0]], "nobody has measured"),
+        ([ENDS_ALONE[0], SimpleNamespace()], "no attribute 'profile'"),
     ],
-    ids=["late", "died", "nan", "lacking"],
+    ids=["late", "died", "nan", "lacking", "an actor class without it"],
 )
 def test_without_a_measurement_flops_decide(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, answers: list[Any], says: str
@@ -151,10 +155,14 @@ def test_without_a_measurement_flops_decide(
     assert says in record.message
 
 
-def test_stages_that_do_not_import_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    split, actors = choose(monkeypatch, [ENDS_ALONE], warm_ups=["late"])
+@pytest.mark.parametrize("warm_up", ["late", ActorDiedError()], ids=["late", "died"])
+def test_stages_that_do_not_import_are_not_asked(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, warm_up: Any
+) -> None:
+    split, actors = choose(monkeypatch, [ENDS_ALONE], warm_ups=["done", warm_up])
     assert split.by == "flops"
     assert [len(actor.asked) for actor in actors] == [0, 0]
+    assert not caplog.records, "who waits for the stages to load says what is wrong"
 
 
 @pytest.mark.parametrize("options", [{"layers_per_stage": (2, 2)}, {}], ids=["given", "one stage"])
