@@ -48,8 +48,8 @@ train: venv  ## fine-tune the small model to say its captions in another manner;
 	$(BIN)/python examples/make_reworded.py $(TRAIN_OUTPUT)
 	$(BIN)/python jobs/train.py --model examples/model --train $(TRAIN_OUTPUT)/train.parquet \
 		--eval $(TRAIN_OUTPUT)/eval.parquet --output $(TRAIN_OUTPUT)/run --response-column response --stages 2 \
-		--steps 60 --eval-every 20 --global-batch-size 16 --microbatch-size 4 --learning-rate 1e-3 \
-		--warmup-steps 10 --lr-schedule cosine --address local
+		--steps 120 --eval-every 40 --global-batch-size 16 --microbatch-size 4 --learning-rate 1e-3 \
+		--warmup-steps 10 --lr-schedule cosine --freeze vision --freeze projector --address local
 	$(BIN)/python examples/show_training.py $(TRAIN_OUTPUT)/run
 
 model: venv  ## make the small model anew with the training job: pictures, training, measurement (45 minutes)

@@ -219,7 +219,8 @@ def test_a_submitted_training_has_hugging_faces_curve(head: Head, model: Path, t
     command += ["--stages", "2", "--schedule", "zero-bubble", "--steps", str(steps)]
     options = OptimizerConfig(5e-4, 3, "cosine", weight_decay=0.1, clip_norm=0.1, adam_eps=1e-6)
     for name, value in asdict(options).items():
-        command += [f"--{name.replace('_', '-')}", str(value)]
+        option = "optimizer" if name == "name" else name.replace("_", "-")
+        command += [f"--{option}", str(value)]
     done = head.ray(*command, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stdout
