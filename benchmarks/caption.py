@@ -258,7 +258,7 @@ def run_long(files: Files, workload: CaptionWorkload, rows: int) -> None:
     watch.run(process)
     _finish(process)
     summary = figures.read_json(output / "summary.json")
-    print(f"\n## Workload 3 ({workload.name}): this project, 2 stages of 1 thread\n")
+    print(f"\n## Workload 3 ({workload.name}), {rows} run: this project, 2 stages of 1 thread\n")
     print(watch.table(rows, summary["rows"] / summary["images_per_second"]))
     busy = ", ".join(f"{stage:.0%}" for stage in summary["stage_busy"])
     print(f"\n{summary['images_per_second']:.2f} images/s; stages busy {busy}")
