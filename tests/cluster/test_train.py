@@ -37,7 +37,7 @@ def config(model: Path, pairs: Path) -> TrainConfig:
         train=(str(pairs),),
         output="to be replaced",
         samples=SampleConfig(response_column="response"),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2, clip_norm=0.1),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2, clip_norm=1e-4),
         pipeline=PipelineConfig(threads_per_stage=1, step_timeout_s=240),
         global_batch_size=8,
         microbatch_size=2,
@@ -66,7 +66,7 @@ def weights(output: Path) -> dict[str, Any]:
 def test_stages_schedules_and_resuming_give_the_same_bits(config: TrainConfig, tmp_path: Path) -> None:
     whole = run(config, tmp_path / "whole", 2, "1f1b")
     assert [line["step"] for line in whole] == [1, 2, 3, 4]
-    assert all(line["grad_norm"] > 0.1 for line in whole), "clipping is to be active"
+    assert all(line["grad_norm"] > 1e-4 for line in whole), "clipping is to be active"
 
     # Two steps on one layout; then on, on another, from the checkpoint. Evaluations in between change nothing.
     halves = tmp_path / "halves"
