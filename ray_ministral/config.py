@@ -166,6 +166,11 @@ class PipelineConfig:
         )
         _require(self.rows_per_microbatch >= 1, f"rows_per_microbatch must be positive, got {self.rows_per_microbatch}")
 
+    @property
+    def microbatches(self) -> int:
+        """Of a replica in captioning: one more than stages, so that every stage has work."""
+        return self.stages + 1
+
 
 @dataclass(frozen=True)
 class StageOptions:

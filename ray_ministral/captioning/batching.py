@@ -219,11 +219,13 @@ class BatchScheduler:
             return []
         share = -(-(self.active + len(self.waiting)) // len(self.microbatches))
         limit = min(self._rows_limit, share)
+        places = limit - len(microbatch.running)
+        if self._paced and self.waiting:
+            places = min(places, self._pace(limit))
         admitted: list[Request] = []
         held = sum(in_blocks(request.kv_tokens) for request in microbatch.running)
         prompt_tokens = 0
-        most = self._pace(limit) if self._paced and self.waiting else limit
-        while self.waiting and len(microbatch.running) + len(admitted) < limit and len(admitted) < most:
+        while self.waiting and len(admitted) < places:
             request = self.waiting[0]
             held += in_blocks(request.kv_tokens)
             prompt_tokens += len(request.token_ids)

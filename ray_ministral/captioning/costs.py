@@ -66,7 +66,7 @@ class Shapes:
         prompt_tokens = max(1, round(sum(tokens for tokens, _ in prompts) / len(prompts)))
         # Where an end-of-text token counts, nobody knows how soon it comes.
         expected = sum(limits) / len(limits) * (1.0 if sampling.ignore_eos else 0.5)
-        microbatches = (config.stages + 1) * config.replicas
+        microbatches = config.microbatches * config.replicas
         held = in_blocks(prompt_tokens + limit)
         return cls(
             image_sizes=tuple(images[index * len(images) // SAMPLE_IMAGES] for index in range(SAMPLE_IMAGES))

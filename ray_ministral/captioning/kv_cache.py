@@ -111,7 +111,9 @@ class KVCache:
         for capacity, (decoding, others) in wanted.items():
             rows = _rows(capacity, decoding, others, held)
             places |= {slot: (capacity, row) for row, slot in enumerate(rows)}
-            bank = self.banks.setdefault(capacity, self._empty(capacity))
+            if capacity not in self.banks:
+                self.banks[capacity] = self._empty(capacity)
+            bank = self.banks[capacity]
             bank.slots, bank.num_decode = rows, len(decoding)
         # What moves is read everywhere before it is written anywhere: rows change places.
         moved: dict[tuple[int, int], list[int]] = {}
@@ -129,7 +131,7 @@ class KVCache:
         for source, target, slots, values in carried:
             rows = [places[slot][1] for slot in slots]
             for layer, value in zip(self.banks[target].layers, values, strict=True):
-                layer[:, rows, :, : min(source, target)] = value
+                layer[:, rows, :, :source] = value  # no sequence gets less room than it had
         fresh = {slot: place for slot, place in places.items() if held.get(slot, (0, 0))[0] < place[0]}
         for slot, (capacity, row) in fresh.items():
             begin = held[slot][0] if slot in held else 0

@@ -153,10 +153,9 @@ class Captioner:
 
     def _scheduler(self) -> BatchScheduler:
         config = self.config.pipeline
-        microbatches = config.stages + 1
-        at_once = config.replicas * microbatches * config.rows_per_microbatch
+        at_once = config.replicas * config.microbatches * config.rows_per_microbatch
         return BatchScheduler(
-            microbatches=microbatches,
+            microbatches=config.microbatches,
             rows_per_microbatch=config.rows_per_microbatch,
             kv_tokens_per_microbatch=config.kv_tokens_per_microbatch,
             prefill_tokens_per_step=config.prefill_tokens_per_step,

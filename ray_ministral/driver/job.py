@@ -127,7 +127,7 @@ class CaptionJob:
         ]
         if self.split.is_to_be_measured:
             lines.append("  where to cut is measured on the stages when the job starts; what counting FLOPs suggests:")
-        kv_tokens = config.pipeline.kv_tokens_per_microbatch * (config.pipeline.stages + 1)
+        kv_tokens = config.pipeline.kv_tokens_per_microbatch * config.pipeline.microbatches
         for index, (stage, share) in enumerate(zip(self.split.partition.stages, self.split.shares, strict=True)):
             parameters = stage_parameters(self.arch, stage)
             cache = kv_tokens * len(stage.layers) * self.arch.kv_elements_per_token_and_layer

@@ -56,11 +56,12 @@ class _Chunk:
         self._optimizer, self._read, self._source = optimizer, read, source
         self._adapted = next(adapters_of(chunk), None) is not None
         stored = {OUTPUT_LAYER: EMBEDDING} if is_tied(chunk.hf_config) else {}
+        parameters = parameter_slots(chunk)
+        self._keys = {parameter: next(iter(slots)) for parameter, slots in parameters.items()}
         self.slots = {
             parameter: {stored.get(name, name): slot for name, slot in slots.items()}
-            for parameter, slots in parameter_slots(chunk).items()
+            for parameter, slots in parameters.items()
         }
-        self._keys = {parameter: next(iter(slots)) for parameter, slots in parameter_slots(chunk).items()}
 
     def restore(self, parameter: nn.Parameter) -> None:
         if not parameter.requires_grad:
