@@ -84,6 +84,7 @@ class _Bench:
         fill(model)
         model.requires_grad_(False)
         model.eval()
+        model.pack()
         self.model: Any = model
         self.rotary = Rotary(config)
 

@@ -59,7 +59,7 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]  # megatron ships n
         rotary = packed_seq_params.rotary
         assert rotary is not None, "the chunk always makes rotary tables"
         out_THD = packed_seq_params.context.attend(
-            self.layer, rotary.rotate_query(query_THD), rotary.rotate(key_TGD), value_TGD
+            self.layer, rotary.scale_query(rotary.rotate(query_THD)), rotary.rotate(key_TGD), value_TGD
         )
         return out_THD.flatten(1)
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from ray_ministral.model.low_rank import linear_layers, use_product
+from ray_ministral.model.matmul import product
 from ray_ministral.model.ministral3 import Ministral3Model
 
 WeightPart = Callable[[], None]
@@ -77,7 +78,7 @@ class GradientAccumulator:
         if weight.requires_grad and torch.is_grad_enabled():
             output: Tensor = _Linear.apply(input, weight, self)  # type: ignore[no-untyped-call]
             return output
-        return linear(input, weight)
+        return product(input, weight)
 
     def _embedding(self, model: Ministral3Model) -> Callable[[Tensor], Tensor]:
         """Stands for Megatron's embedding (which here is not parallel either)."""
@@ -100,7 +101,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(input)
         ctx.weight = weight
         ctx.accumulator = accumulator
-        return linear(input, weight)
+        return product(input, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
@@ -108,7 +109,7 @@ class _Linear(torch.autograd.Function):
         weight: nn.Parameter = ctx.weight
         accumulator: GradientAccumulator = ctx.accumulator
         grad_output = grads[0]
-        grad_input = grad_output.matmul(weight) if ctx.needs_input_grad[0] else None
+        grad_input = product(grad_output, weight.t()) if ctx.needs_input_grad[0] else None
 
         @torch.no_grad()  # later it is not called from within a backward pass, and the input may want a gradient
         def weight_part() -> None:

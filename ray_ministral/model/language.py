@@ -19,8 +19,9 @@ from torch.distributed.distributed_c10d import ProcessGroupGloo
 from ray_ministral.config import StageSpec
 from ray_ministral.model.architecture import Architecture
 from ray_ministral.model.attention import PackedAttention, PackedAttentionParams
-from ray_ministral.model.layer import DecoderLayer
+from ray_ministral.model.layer import DecoderLayer, PackedDecoderLayer
 from ray_ministral.model.low_rank import linear_layers, multiply, plain_product, use_product
+from ray_ministral.model.matmul import PackedWeight
 from ray_ministral.model.megatron_core import (
     GPTModel,
     ProcessGroupCollection,
@@ -98,6 +99,17 @@ def build_language_model(
     for layer in model.decoder.layers:
         layer.forward = DecoderLayer(layer)
     return model.to(dtype)
+
+
+def pack(model: Any) -> None:
+    """Lay out the weights of a chunk without adapters for inference on CPU; what they were made of is given back."""
+    for layer in model.decoder.layers:
+        layer.forward = PackedDecoderLayer(layer)
+    if model.post_process:
+        shared = model.share_embeddings_and_output_weights
+        packed = PackedWeight(model.shared_embedding_or_output_weight() if shared else model.output_layer.weight)
+        use_product(model.output_layer, lambda given, _weight: packed(given))
+        model.output_layer.weight = None
 
 
 @cache

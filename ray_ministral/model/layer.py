@@ -1,4 +1,4 @@
-"""The forward pass of a decoder layer, written out over the modules of Megatron's layer.
+"""The forward pass of a decoder layer, written out over the modules of Megatron's layer, and over packed weights.
 
 Megatron's own goes through regions of tensor parallelism, an autograd function for each linear layer, hooks and
 recomputation that are not used here: with few tokens, as in decoding, a tenth of the time. The numbers are the same.
@@ -7,11 +7,14 @@ Legend: T tokens, H hidden size, G KV heads, D head size.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import silu
 
 from ray_ministral.model.low_rank import multiply
+from ray_ministral.model.packed_block import PackedBlock
 from ray_ministral.model.swiglu import swiglu
 
 
@@ -46,3 +49,40 @@ class DecoderLayer:
             query_TGXD.flatten(1, 2), key_TG1D.squeeze(2), value_TG1D.squeeze(2), packed_seq_params=params
         )
         return multiply(attention.linear_proj, out_TX)
+
+
+class PackedDecoderLayer:
+    """Stands for the forward of one of Megatron's layers, whose weights it takes over in a layout of its own.
+
+    For inference on CPU alone. The layer is left with its norms.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        attention, mlp = layer.self_attention, layer.mlp
+        groups = attention.num_query_groups_per_partition
+        dim = attention.hidden_size_per_attention_head
+        mixed = attention.linear_qkv.weight.unflatten(0, (groups, -1, dim))
+        query, key, value = mixed.split([mixed.shape[1] - 2, 1, 1], dim=1)
+        gate, up = mlp.linear_fc1.weight.chunk(2)
+        norms = (layer.input_layernorm, layer.pre_mlp_layernorm)
+        self._block = PackedBlock(
+            norms=((norms[0].weight, norms[0].eps), (norms[1].weight, norms[1].eps)),
+            query=query.flatten(0, 2),
+            key=key.flatten(0, 2),
+            value=value.flatten(0, 2),
+            out=attention.linear_proj.weight,
+            gate=gate,
+            up=up,
+            down=mlp.linear_fc2.weight,
+            activation=partial(silu, inplace=True),
+            head_dim=dim,
+        )
+        for linear in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2):
+            linear.weight = None
+        self._index = layer.self_attention.core_attention.layer
+
+    def __call__(self, hidden_states: Tensor, *_: Any, packed_seq_params: Any = None, **__: Any) -> tuple[Tensor, None]:
+        """As `DecoderLayer`'s."""
+        params = packed_seq_params
+        attend = partial(params.context.attend, self._index)
+        return self._block(hidden_states.squeeze(1), params.rotary, attend).unsqueeze(1), None

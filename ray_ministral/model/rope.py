@@ -7,6 +7,7 @@ computed once per step and chunk and shared by its layers. Legend: T tokens, D h
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,44 +23,43 @@ class RotaryTables:
 
     cos_TD: Tensor
     sin_TD: Tensor
-    scale_T: Tensor | None
+    scale_T: Tensor | None = None
+
+    @cached_property
+    def signed_sin_TD(self) -> Tensor:
+        """`sin_TD` with the signs that a rotation gives to the other half of a head."""
+        first, second = self.sin_TD.chunk(2, -1)
+        return torch.cat((-first, second), -1)
 
     def rotate(self, x_TND: Tensor) -> Tensor:
         """Rotate queries or keys of any number of heads N."""
         if torch.is_grad_enabled() and x_TND.requires_grad:
-            rotated: Tensor = _Rotate.apply(x_TND, self.cos_TD, self.sin_TD)  # type: ignore[no-untyped-call]
+            rotated: Tensor = _Rotate.apply(x_TND, self.cos_TD, self.signed_sin_TD)  # type: ignore[no-untyped-call]
             return rotated
-        return _rotate(x_TND, self.cos_TD, self.sin_TD)
+        return _rotate(x_TND, self.cos_TD, self.signed_sin_TD)
 
-    def rotate_query(self, q_TND: Tensor) -> Tensor:
-        """Rotate queries and scale them by their position."""
-        rotated = self.rotate(q_TND)
-        return rotated if self.scale_T is None else rotated * self.scale_T.view(-1, 1, 1)
+    def scale_query(self, q_TND: Tensor) -> Tensor:
+        """Scale queries by their position."""
+        return q_TND if self.scale_T is None else q_TND * self.scale_T.view(-1, 1, 1)
 
 
-def _rotate(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    half = x_TND.shape[-1] // 2
-    turned = torch.cat((-x_TND[..., half:], x_TND[..., :half]), dim=-1)
-    return (x_TND * cos_TD.unsqueeze(1)) + (turned * sin_TD.unsqueeze(1))
+def _rotate(x_TND: Tensor, cos_TD: Tensor, signed_sin_TD: Tensor) -> Tensor:
+    first, second = x_TND.chunk(2, -1)
+    return torch.addcmul(x_TND * cos_TD.unsqueeze(1), torch.cat((second, first), -1), signed_sin_TD.unsqueeze(1))
 
 
 class _Rotate(torch.autograd.Function):
-    """The transpose of a rotation is written in four products and sums; autograd's has three times as many."""
+    """The transpose of a rotation is the rotation back; autograd's own backward has many times as many products."""
 
     @staticmethod
-    def forward(ctx: Any, x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-        ctx.save_for_backward(cos_TD, sin_TD)
-        return _rotate(x_TND, cos_TD, sin_TD)
+    def forward(ctx: Any, x_TND: Tensor, cos_TD: Tensor, signed_sin_TD: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_TD, signed_sin_TD)
+        return _rotate(x_TND, cos_TD, signed_sin_TD)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        cos_TD, sin_TD = ctx.saved_tensors
-        half = cos_TD.shape[-1] // 2
-        through_sin = grads[0] * sin_TD.unsqueeze(1)
-        result = grads[0] * cos_TD.unsqueeze(1)
-        result[..., :half] += through_sin[..., half:]
-        result[..., half:] -= through_sin[..., :half]
-        return result, None, None
+        cos_TD, signed_sin_TD = ctx.saved_tensors
+        return _rotate(grads[0], cos_TD, torch.cat(signed_sin_TD.chunk(2, -1)[::-1], -1)), None, None
 
 
 class Rotary:

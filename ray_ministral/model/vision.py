@@ -13,6 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from ray_ministral.model.matmul import PackedWeight
+from ray_ministral.model.packed_block import PackedBlock
+from ray_ministral.model.rope import RotaryTables
 
 if TYPE_CHECKING:
     from transformers import Mistral3Config
@@ -90,3 +95,44 @@ def _run_tower(tower: Any, pixels_NCHW: Tensor, feature_layer: int) -> Tensor:
     for layer in layers[:used]:
         hidden_NPC = layer(hidden_NPC, None, position_embeddings=position_embeddings)
     return hidden_NPC
+
+
+def pack(tower: Any, projector: Any) -> None:
+    """Lay the weights out for inference on CPU; what they were made of is given back."""
+    for layer in tower.transformer.layers:
+        layer.forward = _PackedLayer(layer)
+    for linear in (projector.patch_merger.merging_layer, projector.linear_1, projector.linear_2):
+        linear.forward = PackedWeight(linear.weight, linear.bias)
+        linear.weight = None
+
+
+class _PackedLayer:
+    """Stands for the forward of one of the tower's layers, whose matrices it takes over in a layout of its own."""
+
+    def __init__(self, layer: Any) -> None:
+        attention, mlp = layer.attention, layer.feed_forward
+        norms = (layer.attention_norm, layer.ffn_norm)
+        self._block = PackedBlock(
+            norms=((norms[0].weight, norms[0].variance_epsilon), (norms[1].weight, norms[1].variance_epsilon)),
+            query=attention.q_proj.weight,
+            key=attention.k_proj.weight,
+            value=attention.v_proj.weight,
+            out=attention.o_proj.weight,
+            gate=mlp.gate_proj.weight,
+            up=mlp.up_proj.weight,
+            down=mlp.down_proj.weight,
+            activation=mlp.act_fn,
+            head_dim=attention.head_dim,
+        )
+        for linear in (*attention.children(), mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+            linear.weight = None
+
+    def __call__(self, hidden_NPC: Tensor, _mask: None, *, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        images, patches, _ = hidden_NPC.shape
+        cos_TD, sin_TD = (table.view(patches, -1).repeat(images, 1) for table in position_embeddings)
+
+        def attend(query_THD: Tensor, key_THD: Tensor, value_THD: Tensor) -> Tensor:
+            query, key, value = (x.unflatten(0, (images, -1)).transpose(1, 2) for x in (query_THD, key_THD, value_THD))
+            return scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(0, 1)
+
+        return self._block(hidden_NPC.flatten(0, 1), RotaryTables(cos_TD, sin_TD), attend).view_as(hidden_NPC)

@@ -30,6 +30,7 @@ class PipelineStage:
         self.device = torch.device(options.device)
         self.dtype = DTYPES[options.dtype]
         self._model: Any = None
+        self._parameter_bytes = 0
 
     @property
     def model(self) -> Any:
@@ -38,13 +39,15 @@ class PipelineStage:
         return self._model
 
     def load(self, on_progress: Callable[[int, int], None] | None = None) -> float:
-        """Read the chunk's own weights; returns the seconds it took."""
+        """Read the chunk's own weights, and lay them out for this device; returns the seconds it took."""
         started = time.perf_counter()
         self._model = load_chunk(
             self.options.model_dir, self.spec, dtype=self.dtype, device=self.device, on_progress=on_progress
         )
         self._model.requires_grad_(False)
         self._model.eval()
+        self._parameter_bytes = sum(parameter.nbytes for parameter in self._model.parameters())
+        self._model.pack()
         return time.perf_counter() - started
 
     def use(self, model: Any) -> None:
@@ -60,9 +63,8 @@ class PipelineStage:
         return output
 
     def memory(self) -> dict[str, int]:
-        """Bytes: `parameters` of the chunk, `peak_rss` and `rss` of the process."""
-        parameters = sum(parameter.nbytes for parameter in self.model.parameters())
-        return {"parameters": parameters, **process_memory()}
+        """Bytes: `parameters` of the chunk as loaded, `peak_rss` and `rss` of the process."""
+        return {"parameters": self._parameter_bytes, **process_memory()}
 
 
 def process_memory() -> dict[str, int]:
