@@ -25,6 +25,9 @@ STAGE_ENVIRONMENT = {
 }
 """Environment of a process that runs a stage."""
 
+TOKENS_PER_STEP = {"cpu": 384, "cuda": 8_192}
+"""Of a captioning step, unless it is said. More make a step longer, and the pipeline slower to fill and to empty."""
+
 DEFAULT_PROMPT = "Describe this image."
 
 
@@ -137,7 +140,8 @@ class PipelineConfig:
 
     `layers_per_stage` overrides the split by cost. `threads_per_stage` None divides the cluster's cores among the
     stages. A microbatch holds at most `rows_per_microbatch` sequences and room for `kv_tokens_per_microbatch` tokens in
-    the KV cache; a step takes in prompts of about `prefill_tokens_per_step`. Time-outs in seconds.
+    the KV cache. A step is filled with prompts up to `tokens_per_step`; None: a number at which the device's matrix
+    products are near their full rate. Time-outs in seconds.
     """
 
     stages: int = 1
@@ -146,9 +150,9 @@ class PipelineConfig:
     device: Device = "auto"
     dtype: DType = "auto"
     layers_per_stage: tuple[int, ...] | None = None
-    rows_per_microbatch: int = 64
+    rows_per_microbatch: int = 128
     kv_tokens_per_microbatch: int = 16_384
-    prefill_tokens_per_step: int = 8_192
+    tokens_per_step: int | None = None
     placement_timeout_s: float = 600.0
     start_timeout_s: float = 1800.0
     step_timeout_s: float = 600.0
@@ -165,11 +169,19 @@ class PipelineConfig:
             f"layers_per_stage has {len(self.layers_per_stage or ())} entries for {self.stages} stages: give one each",
         )
         _require(self.rows_per_microbatch >= 1, f"rows_per_microbatch must be positive, got {self.rows_per_microbatch}")
+        _require(
+            self.tokens_per_step is None or self.tokens_per_step >= 1,
+            f"tokens_per_step must be positive, got {self.tokens_per_step}",
+        )
 
     @property
     def microbatches(self) -> int:
         """Of a replica in captioning: one more than stages, so that every stage has work."""
         return self.stages + 1
+
+    def tokens_in_step(self, device: str) -> int:
+        """`tokens_per_step`, of a device "cpu" or "cuda"."""
+        return TOKENS_PER_STEP[device] if self.tokens_per_step is None else self.tokens_per_step
 
 
 @dataclass(frozen=True)

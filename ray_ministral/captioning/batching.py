@@ -2,7 +2,9 @@
 
 A replica has a few microbatches, one more than stages, so that every stage has work. Each step of a microbatch carries
 one token of each of its decoding sequences and the prompts of rows just admitted; a row that ends gives its slot to the
-next. Rows are spread evenly over the microbatches, within a bound on KV tokens.
+next. Rows are spread evenly over the microbatches, within a bound on KV tokens, and every step is filled to about the
+same number of tokens: so prompts (and vision with them) come all along beside decoding, not in a wave of their own, in
+which the last stage waits for the first, and then the first for the last.
 """
 
 from __future__ import annotations
@@ -18,9 +20,6 @@ from ray_ministral.captioning.plan import Prefill, StepPlan, in_blocks
 
 WAITING_BYTES = 256 << 20
 """Pixels of requests that wait for a microbatch, of one replica."""
-
-FIRST_GUESS = 32
-"""Tokens of a caption, before any has ended."""
 
 FinishCheck = Callable[[Sequence[int]], str | None]
 """Given the generated ids, the finish reason (`stop`) or None to go on."""
@@ -73,6 +72,11 @@ class Microbatch:
         """Sequences that hold a slot."""
         return len(self.running) + len(self.entering)
 
+    @property
+    def is_taken(self) -> bool:
+        """By a row that has it to itself."""
+        return any(request.alone for request in (*self.running, *self.entering))
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -91,24 +95,17 @@ class BatchScheduler:
         microbatches: int,
         rows_per_microbatch: int,
         kv_tokens_per_microbatch: int,
-        prefill_tokens_per_step: int,
+        tokens_per_step: int,
         finish_check: FinishCheck,
-        paced: bool,
     ) -> None:
-        """`paced`: admit no faster than rows end in the long run.
-
-        Else rows that begin together end together, and all prompts come in one wave and all decoding in another: with
-        vision on the first stage and the output layer on the last, one of them then waits for the other all the time.
-        """
+        """A step takes prompts in while it has fewer than `tokens_per_step` tokens with them; one is always let in."""
         self.waiting: deque[Request] = deque()
         self.microbatches = [Microbatch(index) for index in range(microbatches)]
         self._rows_limit = rows_per_microbatch
         self._kv_limit = kv_tokens_per_microbatch
-        self._prefill_limit = prefill_tokens_per_step
+        self._step_limit = tokens_per_step
         self._finish_check = finish_check
         self._steps = 0
-        self._paced = paced
-        self._ended = self._said = 0
 
     @property
     def active(self) -> int:
@@ -158,8 +155,6 @@ class BatchScheduler:
                 reason = "length"
             if reason is not None:
                 finished.append(Finished(request, reason))
-                self._ended += 1
-                self._said += len(request.generated)
             keep.append(request if reason is None else None)
         microbatch.running, microbatch.moves = _compact(keep)
         return finished
@@ -215,33 +210,36 @@ class BatchScheduler:
 
     def _admit(self, microbatch: Microbatch) -> list[Request]:
         """Requests from the head of the queue, as many as this microbatch's even share and limits allow."""
-        if any(request.alone for request in microbatch.running):
+        if microbatch.is_taken:
             return []
-        share = -(-(self.active + len(self.waiting)) // len(self.microbatches))
-        limit = min(self._rows_limit, share)
-        places = limit - len(microbatch.running)
-        if self._paced and self.waiting:
-            places = min(places, self._pace(limit))
+        rows = self.active + len(self.waiting)
+        used = microbatches_for(rows, len(self.microbatches), self._rows_limit)
+        if microbatch.index >= used + sum(other.is_taken for other in self.microbatches):
+            return []
+        places = min(self._rows_limit, -(-rows // used)) - len(microbatch.running)
         admitted: list[Request] = []
         held = sum(in_blocks(request.kv_tokens) for request in microbatch.running)
-        prompt_tokens = 0
+        tokens = len(microbatch.running)
         while self.waiting and len(admitted) < places:
             request = self.waiting[0]
             held += in_blocks(request.kv_tokens)
-            prompt_tokens += len(request.token_ids)
+            tokens += len(request.token_ids)
             # The first one always goes in: it fits on its own, and waiting would not make it smaller.
             too_many = request.alone or held > self._kv_limit
-            if ((microbatch.running or admitted) and too_many) or (admitted and prompt_tokens > self._prefill_limit):
+            if ((microbatch.running or admitted) and too_many) or (admitted and tokens > self._step_limit):
                 break
             admitted.append(self.waiting.popleft())
             if request.alone:
                 break
         return admitted
 
-    def _pace(self, rows: int) -> int:
-        """Rows that a microbatch of `rows` loses in a step, on average, once it is full."""
-        said = self._said / self._ended if self._ended else min(FIRST_GUESS, self.waiting[0].max_new_tokens)
-        return max(1, round(rows / said))
+
+def microbatches_for(rows: int, microbatches: int, rows_per_microbatch: int) -> int:
+    """How many of a replica's microbatches to spread so many rows over: few full steps cost less than many small ones.
+
+    All but one are as many as there are stages, and keep them busy.
+    """
+    return min(microbatches, max(1, microbatches - 1, -(-rows // rows_per_microbatch)))
 
 
 def _next_position(request: Request) -> int:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ray_ministral.captioning.batching import microbatches_for
 from ray_ministral.captioning.plan import in_blocks
 from ray_ministral.captioning.request import PreparedRow
 from ray_ministral.config import PipelineConfig, SamplingConfig
@@ -17,6 +18,9 @@ from ray_ministral.pipeline.partition import Costs, Workload
 
 SAMPLE_IMAGES = 4
 """Images that the vision tower is measured with at most."""
+
+SAMPLE_PROMPT_TOKENS = 512
+"""Tokens of the prompts that are measured together, at most, unless one alone has more."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ class Shapes:
         prompt_tokens = max(1, round(sum(tokens for tokens, _ in prompts) / len(prompts)))
         # Where an end-of-text token counts, nobody knows how soon it comes.
         expected = sum(limits) / len(limits) * (1.0 if sampling.ignore_eos else 0.5)
-        microbatches = config.microbatches * config.replicas
+        own_rows = -(-job_rows // config.replicas)
+        microbatches = microbatches_for(own_rows, config.microbatches, config.rows_per_microbatch)
         held = in_blocks(prompt_tokens + limit)
         return cls(
             image_sizes=tuple(images[index * len(images) // SAMPLE_IMAGES] for index in range(SAMPLE_IMAGES))
@@ -77,9 +82,9 @@ class Shapes:
             new_tokens=max(1, round(expected)),
             rows=max(
                 1,
-                min(config.rows_per_microbatch, config.kv_tokens_per_microbatch // held, -(-job_rows // microbatches)),
+                min(config.rows_per_microbatch, config.kv_tokens_per_microbatch // held, -(-own_rows // microbatches)),
             ),
-            prefills=max(1, min(4, config.prefill_tokens_per_step // prompt_tokens)),
+            prefills=max(1, min(4, SAMPLE_PROMPT_TOKENS // prompt_tokens)),
         )
 
 

@@ -140,7 +140,7 @@ class Captioner:
             pipeline.wait_ready(config.start_timeout_s, self._progress.message)
         slowest = max((r for p in pipelines for r in p.reports), key=lambda r: r.import_seconds + r.load_seconds)
         self._clock.lap("stages", imports=slowest.import_seconds, measuring=measuring, weights=slowest.load_seconds)
-        return [Replica(pipeline, self._scheduler()) for pipeline in pipelines]
+        return [Replica(pipeline, self._scheduler(resolved)) for pipeline in pipelines]
 
     def _choose_split(self, pipelines: list[Pipeline], resolved: Resolved) -> float:
         """Where to cut the model; returns the seconds that the stages measured for."""
@@ -151,16 +151,14 @@ class Captioner:
         announce(self._split.describe())
         return profiling.seconds
 
-    def _scheduler(self) -> BatchScheduler:
+    def _scheduler(self, resolved: Resolved) -> BatchScheduler:
         config = self.config.pipeline
-        at_once = config.replicas * config.microbatches * config.rows_per_microbatch
         return BatchScheduler(
             microbatches=config.microbatches,
             rows_per_microbatch=config.rows_per_microbatch,
             kv_tokens_per_microbatch=config.kv_tokens_per_microbatch,
-            prefill_tokens_per_step=config.prefill_tokens_per_step,
+            tokens_per_step=config.tokens_in_step(resolved.device),
             finish_check=self._job.finish_check,
-            paced=config.stages > 1 and self._job.plan.rows > at_once,
         )
 
     def _start_prepare(self, shards: Any) -> Any:

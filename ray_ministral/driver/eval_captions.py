@@ -49,8 +49,11 @@ class _Row:
 class EvalCaptioner:
     """Captions the first `--eval-captions` whole rows."""
 
-    def __init__(self, job: TrainJob, rows: RowIndex, pipeline: Pipeline, prepare: Prepare, get: Get) -> None:
+    def __init__(
+        self, job: TrainJob, rows: RowIndex, pipeline: Pipeline, device: str, prepare: Prepare, get: Get
+    ) -> None:
         self._job, self._rows, self._pipeline, self._prepare, self._get = job, rows, pipeline, prepare, get
+        self._device = device
         self._sampling = SamplingConfig(max_new_tokens=job.config.eval.max_new_tokens)
         self._whole: list[int] | None = None
 
@@ -65,8 +68,7 @@ class EvalCaptioner:
             microbatches=self._pipeline.num_stages + 1,
             rows_per_microbatch=config.rows_per_microbatch,
             kv_tokens_per_microbatch=max(config.kv_tokens_per_microbatch, *(r.kv_tokens for r in requests)),
-            prefill_tokens_per_step=config.prefill_tokens_per_step,
-            paced=False,
+            tokens_per_step=config.tokens_in_step(self._device),
             finish_check=partial(finish_reason, sampling=self._sampling, tokenizer=self._job.tokenizer),
         )
         for request in requests:

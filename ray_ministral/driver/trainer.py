@@ -138,7 +138,9 @@ class Trainer:
         self._evaluator = self._captioner = None
         if job.eval_rows is not None:
             self._evaluator = Evaluator(job, job.eval_rows, self._replicas, self._prepare, self._calls.get)
-            self._captioner = EvalCaptioner(job, job.eval_rows, self._replicas[0], self._prepare, self._calls.get)
+            self._captioner = EvalCaptioner(
+                job, job.eval_rows, self._replicas[0], resolved.device, self._prepare, self._calls.get
+            )
 
     def _connect(self) -> None:
         """All stages of all replicas meet at the store of the very first one."""

@@ -75,10 +75,9 @@ def caption(
     microbatches: int | None = None,
     rows_per_microbatch: int = 32,
     kv_tokens: int = 4096,
-    prefill_tokens: int = 8192,
+    tokens_per_step: int = 8192,
     keys: Sequence[int] | None = None,
     order_seed: int = 0,
-    paced: bool = False,
 ) -> Run:
     """Caption `rows`; those of them that fit at once are offered to the scheduler little by little."""
     sampling = sampling or SamplingConfig(max_new_tokens=12)
@@ -87,9 +86,8 @@ def caption(
         microbatches=microbatches or len(split) + 1,
         rows_per_microbatch=rows_per_microbatch,
         kv_tokens_per_microbatch=kv_tokens,
-        prefill_tokens_per_step=prefill_tokens,
+        tokens_per_step=tokens_per_step,
         finish_check=lambda generated: "stop" if generated[-1] in stop_ids else None,
-        paced=paced,
     )
     blocks: dict[int, Pixels] = {}
     for index, row in enumerate(rows):

@@ -79,7 +79,6 @@ def test_greedy(
         rows_per_microbatch=rows_per_microbatch,
         stop_ids=stop_ids,
         order_seed=rows_per_microbatch,
-        paced=rows_per_microbatch == 3,
     )
     assert run.captions == [until_stop(ids, stop_ids) for ids in expected]
     assert run.reasons == ["stop" if ids[-1] in stop_ids else "length" for ids in run.captions]
@@ -107,10 +106,10 @@ def test_one_new_token(reference: Any, directory: Any) -> None:
     assert not any(plan.num_decode for plan in run.plans)
 
 
-@pytest.mark.parametrize(("kv_tokens", "prefill_tokens"), [(160, 8192), (4096, 40), (130, 1)])
-def test_tight_limits(kv_tokens: int, prefill_tokens: int, expected: Any, directory: Any) -> None:
-    """Little room for keys and values, few prompt tokens a step: the cache grows, shrinks and is reused."""
-    run = caption(directory(), many_rows(), split=(1, 3), kv_tokens=kv_tokens, prefill_tokens=prefill_tokens)
+@pytest.mark.parametrize(("kv_tokens", "tokens_per_step"), [(160, 8192), (4096, 40), (130, 1)])
+def test_tight_limits(kv_tokens: int, tokens_per_step: int, expected: Any, directory: Any) -> None:
+    """Little room for keys and values, few tokens a step: the cache grows, shrinks and is reused."""
+    run = caption(directory(), many_rows(), split=(1, 3), kv_tokens=kv_tokens, tokens_per_step=tokens_per_step)
     assert run.captions == expected
 
 

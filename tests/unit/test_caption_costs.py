@@ -82,7 +82,7 @@ def test_shapes_are_those_of_the_first_good_rows() -> None:
         pixels_per_row=(28 * 28 + 56 * 28) / 2,
         prompt_tokens=40,
         new_tokens=10,
-        rows=64,
+        rows=128,
         prefills=4,
     )
     assert found.positions[0] == 40
@@ -116,10 +116,11 @@ def test_expected_new_tokens(sampling: dict[str, object], limits: tuple[int | No
 @pytest.mark.parametrize(
     ("job_rows", "options", "expected"),
     [
-        (1000, {}, 64),
+        (1000, {}, 128),
         (1000, {"rows_per_microbatch": 5}, 5),
-        (20, {}, 7),
-        (20, {"replicas": 2}, 4),
+        (20, {}, 10),
+        (20, {"replicas": 2}, 5),
+        (300, {}, 100),
         (1000, {"kv_tokens_per_microbatch": 640}, 5),  # 30 + 64 tokens are two blocks of 64
         (1, {"kv_tokens_per_microbatch": 94}, 1),
     ],
