@@ -25,7 +25,7 @@ STAGE_ENVIRONMENT = {
 }
 """Environment of a process that runs a stage."""
 
-TOKENS_PER_STEP = {"cpu": 384, "cuda": 8_192}
+TOKENS_PER_STEP = {"cpu": 320, "cuda": 8_192}
 """Of a captioning step, unless it is said. More make a step longer, and the pipeline slower to fill and to empty."""
 
 DEFAULT_PROMPT = "Describe this image."

@@ -21,6 +21,10 @@ from ray_ministral.errors import ClusterError, ConfigError
 
 logger = logging.getLogger(__name__)
 
+IDLE_WORKER_MS = 3_600_000
+"""A worker of a local cluster is kept when it is idle. Ray's second is less than the time between two parts: each one's
+writer would be a new process, and to start one and to end one takes a core a second, which a stage then lacks."""
+
 CONNECT_TIMEOUT_S = 15.0
 
 
@@ -129,6 +133,7 @@ def _start_local(pipeline: PipelineConfig) -> None:
             include_dashboard=False,
             logging_level=logging.WARNING,
             log_to_driver=False,
+            _system_config={"idle_worker_killing_time_threshold_ms": IDLE_WORKER_MS},
         )
     if not had_token and token.exists():
         token.chmod(0o600)
