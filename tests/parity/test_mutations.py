@@ -229,7 +229,7 @@ def captions_agree(reference: Any, directory: Any) -> Callable[[], None]:
     def check() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(plan_module, "BLOCK_TOKENS", 8)
-            run = caption(directory(), rows, split=(1, 3), rows_per_microbatch=6, stop_ids=stop_ids, microbatches=2)
+            run = caption(directory(), rows, split=(1, 3), rows_per_microbatch=6, stop_ids=stop_ids, microbatches=3)
         assert run.captions == expected
         assert max(len(plan.moves) for plan in run.plans) > 1
 
