@@ -21,7 +21,7 @@ from ray_ministral.model.architecture import Architecture
 from ray_ministral.model.attention import PackedAttention, PackedAttentionParams
 from ray_ministral.model.layer import DecoderLayer, PackedDecoderLayer
 from ray_ministral.model.low_rank import linear_layers, multiply, plain_product, use_product
-from ray_ministral.model.matmul import PackedWeight
+from ray_ministral.model.matmul import LARGEST_BYTES, PackedWeight, take_over
 from ray_ministral.model.megatron_core import (
     GPTModel,
     ProcessGroupCollection,
@@ -105,11 +105,14 @@ def pack(model: Any) -> None:
     """Lay out the weights of a chunk without adapters for inference on CPU; what they were made of is given back."""
     for layer in model.decoder.layers:
         layer.forward = PackedDecoderLayer(layer)
-    if model.post_process:
-        shared = model.share_embeddings_and_output_weights
-        packed = PackedWeight(model.shared_embedding_or_output_weight() if shared else model.output_layer.weight)
-        use_product(model.output_layer, lambda given, _weight: packed(given))
-        model.output_layer.weight = None
+    if not model.post_process:
+        return
+    shared = model.share_embeddings_and_output_weights
+    weight = model.shared_embedding_or_output_weight() if shared else model.output_layer.weight
+    if weight.nbytes > LARGEST_BYTES:
+        return
+    packed = PackedWeight(weight) if shared else take_over(model.output_layer)
+    use_product(model.output_layer, lambda given, _weight: packed(given))
 
 
 @cache

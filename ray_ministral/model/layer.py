@@ -10,10 +10,12 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
 from ray_ministral.model.low_rank import multiply
+from ray_ministral.model.matmul import PackedWeight, give_back, take_over
 from ray_ministral.model.packed_block import PackedBlock
 from ray_ministral.model.swiglu import swiglu
 
@@ -59,26 +61,26 @@ class PackedDecoderLayer:
 
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attention, layer.mlp
-        groups = attention.num_query_groups_per_partition
-        dim = attention.hidden_size_per_attention_head
+        groups, dim = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
         mixed = attention.linear_qkv.weight.unflatten(0, (groups, -1, dim))
-        query, key, value = mixed.split([mixed.shape[1] - 2, 1, 1], dim=1)
-        gate, up = mlp.linear_fc1.weight.chunk(2)
+        heads_per_group = mixed.shape[1] - 2
+        parts = mixed.split([heads_per_group, 1, 1], dim=1)
+        query_key_value = PackedWeight(torch.cat([part.flatten(0, 2) for part in parts]))
+        gate, up = map(PackedWeight, mlp.linear_fc1.weight.chunk(2))
+        del mixed, parts
+        give_back(attention.linear_qkv, mlp.linear_fc1)
         norms = (layer.input_layernorm, layer.pre_mlp_layernorm)
         self._block = PackedBlock(
             norms=((norms[0].weight, norms[0].eps), (norms[1].weight, norms[1].eps)),
-            query=query.flatten(0, 2),
-            key=key.flatten(0, 2),
-            value=value.flatten(0, 2),
-            out=attention.linear_proj.weight,
+            query_key_value=query_key_value,
+            out=take_over(attention.linear_proj),
             gate=gate,
             up=up,
-            down=mlp.linear_fc2.weight,
+            down=take_over(mlp.linear_fc2),
             activation=partial(silu, inplace=True),
-            head_dim=dim,
+            heads=groups * heads_per_group,
+            kv_heads=groups,
         )
-        for linear in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2):
-            linear.weight = None
         self._index = layer.self_attention.core_attention.layer
 
     def __call__(self, hidden_states: Tensor, *_: Any, packed_seq_params: Any = None, **__: Any) -> tuple[Tensor, None]:

@@ -7,9 +7,15 @@ Legend: T tokens, K inputs, N outputs.
 
 from __future__ import annotations
 
+import ctypes
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+
+LARGEST_BYTES = 256 << 20
+"""A larger weight stays as it is: it would be there twice while it is packed, and so much work gains little by it."""
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -32,21 +38,41 @@ def onednn_serves(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class PackedWeight:
-    """`[N, K]` (and a bias `[N]`) laid out for oneDNN; called, it gives `x @ weight.T + bias`, without gradients.
+    """`[N, K]` (and a bias `[N]`) laid out for oneDNN; called, it gives `x @ weight.T + bias`. It has no gradient.
 
-    It has memory of its own; the weight that it was made of may be given back.
+    A copy: the weight that it was made of may be given back, see `give_back`.
     """
 
     def __init__(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> None:
         with torch.no_grad():
             plain = weight_NK.detach().contiguous()
             self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(plain, TYPICAL_TOKENS)
-        self._bias = None if bias_N is None else bias_N.detach()
+        self._bias = None if bias_N is None else bias_N.detach().clone()
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[..., K]` to `[..., N]`."""
         output: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
         return output
+
+
+def take_over(module: Any) -> PackedWeight:
+    """Pack the weight of a linear layer, which loses it."""
+    packed = PackedWeight(module.weight, getattr(module, "bias", None))
+    give_back(module)
+    return packed
+
+
+def give_back(*modules: Any) -> None:
+    """Drop the `weight` of modules whose weights are packed, and let the system have the memory.
+
+    Stages tell malloc to keep what is freed, and a packed weight does not fit into the hole that its original leaves:
+    without this a stage that packs its weights ends up with half as much again.
+    """
+    for module in modules:
+        module.weight = None
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 def product(x: Tensor, weight_NK: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
@@ -29,31 +28,27 @@ class PackedBlock:
         self,
         *,
         norms: tuple[Norm, Norm],
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        gate: Tensor,
-        up: Tensor,
-        down: Tensor,
+        query_key_value: PackedWeight,
+        out: PackedWeight,
+        gate: PackedWeight,
+        up: PackedWeight,
+        down: PackedWeight,
         activation: Callable[[Tensor], Tensor],
-        head_dim: int,
+        heads: int,
+        kv_heads: int,
     ) -> None:
-        """`norms` before attention and before the MLP; matrices `[outputs, inputs]`, of which packed copies are made.
-
-        `activation` of the gate may write over what it is given.
-        """
+        """`norms` before attention and before the MLP. `activation` of the gate may write over what it is given."""
         self._norms = norms
-        self._heads = (query.shape[0] // head_dim, key.shape[0] // head_dim)
-        self._query_key_value = PackedWeight(torch.cat((query, key, value)))
-        self._out, self._gate, self._up, self._down = (PackedWeight(weight) for weight in (out, gate, up, down))
+        self._query_key_value, self._out = query_key_value, out
+        self._gate, self._up, self._down = gate, up, down
         self._activation = activation
-        self._dim = head_dim
+        self._heads, self._groups = heads, kv_heads
 
     def __call__(self, hidden_TC: Tensor, rotary: RotaryTables, attend: Attend) -> Tensor:
         """The queries are scaled by position where `rotary` says so."""
-        heads, groups = self._heads
-        mixed_TXD = self._query_key_value(_normed(hidden_TC, self._norms[0])).unflatten(-1, (-1, self._dim))
+        heads, groups = self._heads, self._groups
+        mixed = self._query_key_value(_normed(hidden_TC, self._norms[0]))
+        mixed_TXD = mixed.unflatten(-1, (heads + 2 * groups, -1))
         rotated_TXD = rotary.rotate(mixed_TXD[:, : heads + groups])  # at once: on few tokens each call costs alike
         query_THD = rotary.scale_query(rotated_TXD[:, :heads])
         attended_THD = attend(query_THD, rotated_TXD[:, heads:], mixed_TXD[:, heads + groups :])

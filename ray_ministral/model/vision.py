@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from ray_ministral.model.matmul import PackedWeight
+from ray_ministral.model.matmul import PackedWeight, give_back, take_over
 from ray_ministral.model.packed_block import PackedBlock
 from ray_ministral.model.rope import RotaryTables
 
@@ -102,8 +102,7 @@ def pack(tower: Any, projector: Any) -> None:
     for layer in tower.transformer.layers:
         layer.forward = _PackedLayer(layer)
     for linear in (projector.patch_merger.merging_layer, projector.linear_1, projector.linear_2):
-        linear.forward = PackedWeight(linear.weight, linear.bias)
-        linear.weight = None
+        linear.forward = take_over(linear)
 
 
 class _PackedLayer:
@@ -111,21 +110,22 @@ class _PackedLayer:
 
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.attention, layer.feed_forward
+        inputs = (attention.q_proj, attention.k_proj, attention.v_proj)
+        query_key_value = PackedWeight(torch.cat([linear.weight for linear in inputs]))
+        give_back(*inputs)
+        heads = attention.num_heads
         norms = (layer.attention_norm, layer.ffn_norm)
         self._block = PackedBlock(
             norms=((norms[0].weight, norms[0].variance_epsilon), (norms[1].weight, norms[1].variance_epsilon)),
-            query=attention.q_proj.weight,
-            key=attention.k_proj.weight,
-            value=attention.v_proj.weight,
-            out=attention.o_proj.weight,
-            gate=mlp.gate_proj.weight,
-            up=mlp.up_proj.weight,
-            down=mlp.down_proj.weight,
+            query_key_value=query_key_value,
+            out=take_over(attention.o_proj),
+            gate=take_over(mlp.gate_proj),
+            up=take_over(mlp.up_proj),
+            down=take_over(mlp.down_proj),
             activation=mlp.act_fn,
-            head_dim=attention.head_dim,
+            heads=heads,
+            kv_heads=heads,
         )
-        for linear in (*attention.children(), mlp.gate_proj, mlp.up_proj, mlp.down_proj):
-            linear.weight = None
 
     def __call__(self, hidden_NPC: Tensor, _mask: None, *, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
         images, patches, _ = hidden_NPC.shape
