@@ -136,6 +136,28 @@ def test_the_layers_forward_is_megatrons(dtype: torch.dtype, directory: Any) -> 
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_packed_weights_are_as_near_to_the_truth_as_plain_ones(
+    tied: bool, dtype: torch.dtype, directory: Any, reference: Any
+) -> None:
+    padded = pad_rows(mixed_rows())
+    with torch.no_grad():
+        truth = reference(tied=tied)(**padded.arguments).logits[padded.attention_mask.bool()]
+
+    def distance(model: Ministral3Model) -> float:
+        with torch.inference_mode():
+            logits = model(**padded.arguments)[padded.attention_mask.bool()]
+        return float((logits.float() - truth).square().mean().sqrt())
+
+    model = load_chunk(directory(tied=tied), dtype=dtype).requires_grad_(False)
+    plain = distance(model)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    model.pack()
+    assert sum(parameter.numel() for parameter in model.parameters()) < parameters / 2, "nothing was packed"
+    assert distance(model) < (1.1 * plain if dtype == torch.bfloat16 else 1e-5)
+
+
 def test_text_only_batch(reference: Any, directory: Any) -> None:
     rows = [row for row in mixed_rows() if not row.images]
     assert len(rows) > 1
