@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ray_ministral.captioning.plan import StepPlan, in_blocks
-from ray_ministral.model.attention import attend_to_prefix, causal_attention, decode_attention, equal_length_runs
+from ray_ministral.model.attention import attend_to_prefix, attention_of_equals, decode_attention, equal_length_runs
 
 GROWTH = 4
 """A bank that grows takes a quarter more rows than it needs, where the budget allows; growing copies it."""
@@ -226,11 +226,12 @@ class CachedAttention:
         base = self.plan.num_decode
         if all(piece.start == 0 for piece in pieces):
             return [
-                causal_attention(
+                attention_of_equals(
                     query_THD[base + rows.start : base + rows.stop],
                     key_TGD[base + rows.start : base + rows.stop],
                     value_TGD[base + rows.start : base + rows.stop],
                     count,
+                    is_causal=True,
                 )
                 for rows, count in equal_length_runs([piece.length for piece in pieces])
             ]

@@ -73,7 +73,7 @@ class CausalAttention:
     def attend(self, layer: int, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor) -> Tensor:  # noqa: ARG002
         """See `AttentionContext`; without a cache all layers are alike."""
         outputs = [
-            causal_attention(query_THD[rows], key_TGD[rows], value_TGD[rows], count)
+            attention_of_equals(query_THD[rows], key_TGD[rows], value_TGD[rows], count, is_causal=True)
             for rows, count in equal_length_runs(self.lengths)
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -88,14 +88,16 @@ def equal_length_runs(lengths: Sequence[int]) -> Iterator[tuple[slice, int]]:
         start += length * count
 
 
-def causal_attention(query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, count: int) -> Tensor:
-    """Causal attention within each of `count` sequences of equal length that make up the stream; `[T, H, D]`."""
+def attention_of_equals(
+    query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, count: int, *, is_causal: bool
+) -> Tensor:
+    """Attention within each of `count` sequences of equal length that make up the stream; `[T, H, D]`."""
 
     def split(x: Tensor) -> Tensor:
         return x.view(count, -1, *x.shape[1:]).transpose(1, 2)
 
     out_NHLD: Tensor = scaled_dot_product_attention(
-        split(query_THD), split(key_TGD), split(value_TGD), is_causal=True, enable_gqa=True
+        split(query_THD), split(key_TGD), split(value_TGD), is_causal=is_causal, enable_gqa=True
     )
     return out_NHLD.transpose(1, 2).flatten(0, 1)
 

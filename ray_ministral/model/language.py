@@ -21,7 +21,7 @@ from ray_ministral.model.architecture import Architecture
 from ray_ministral.model.attention import PackedAttention, PackedAttentionParams
 from ray_ministral.model.layer import DecoderLayer, PackedDecoderLayer
 from ray_ministral.model.low_rank import linear_layers, multiply, plain_product, use_product
-from ray_ministral.model.matmul import LARGEST_BYTES, PackedWeight, take_over
+from ray_ministral.model.matmul import PackedWeight, take_over
 from ray_ministral.model.megatron_core import (
     GPTModel,
     ProcessGroupCollection,
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 
 GROUP_TIMEOUT = timedelta(minutes=1)
+
+LARGEST_OUTPUT_LAYER = 256 << 20
+"""Bytes; a larger one is not packed: it would be there twice meanwhile, and products with so much work gain little."""
 
 
 def transformer_config(config: Mistral3Config, stage: StageSpec, dtype: torch.dtype) -> Any:
@@ -109,7 +112,7 @@ def pack(model: Any) -> None:
         return
     shared = model.share_embeddings_and_output_weights
     weight = model.shared_embedding_or_output_weight() if shared else model.output_layer.weight
-    if weight.nbytes > LARGEST_BYTES:
+    if weight.nbytes > LARGEST_OUTPUT_LAYER:
         return
     packed = PackedWeight(weight) if shared else take_over(model.output_layer)
     use_product(model.output_layer, lambda given, _weight: packed(given))

@@ -81,10 +81,9 @@ class PackedDecoderLayer:
             heads=groups * heads_per_group,
             kv_heads=groups,
         )
-        self._index = layer.self_attention.core_attention.layer
+        self._index = attention.core_attention.layer
 
     def __call__(self, hidden_states: Tensor, *_: Any, packed_seq_params: Any = None, **__: Any) -> tuple[Tensor, None]:
         """As `DecoderLayer`'s."""
-        params = packed_seq_params
-        attend = partial(params.context.attend, self._index)
-        return self._block(hidden_states.squeeze(1), params.rotary, attend).unsqueeze(1), None
+        attend = partial(packed_seq_params.context.attend, self._index)
+        return self._block(hidden_states.squeeze(1), packed_seq_params.rotary, attend).unsqueeze(1), None

@@ -14,11 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-LARGEST_BYTES = 256 << 20
-"""A larger weight stays as it is: it would be there twice while it is packed, and so much work gains little by it."""
-
-DTYPES = (torch.float32, torch.bfloat16)
-
 TYPICAL_TOKENS = 64
 """What a weight is laid out for; the layout serves any number of tokens."""
 
@@ -30,7 +25,7 @@ def onednn_serves(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies here: on CPU, in a build of torch that has its operators."""
     return (
         device.type == "cpu"
-        and dtype in DTYPES
+        and dtype in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")

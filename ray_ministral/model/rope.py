@@ -31,10 +31,17 @@ class RotaryTables:
         first, second = self.sin_TD.chunk(2, -1)
         return torch.cat((-first, second), -1)
 
+    @cached_property
+    def back_sin_TD(self) -> Tensor:
+        """`signed_sin_TD` of the transposed rotation."""
+        return torch.cat(self.signed_sin_TD.chunk(2, -1)[::-1], -1)
+
     def rotate(self, x_TND: Tensor) -> Tensor:
         """Rotate queries or keys of any number of heads N."""
         if torch.is_grad_enabled() and x_TND.requires_grad:
-            rotated: Tensor = _Rotate.apply(x_TND, self.cos_TD, self.signed_sin_TD)  # type: ignore[no-untyped-call]
+            rotated: Tensor = _Rotate.apply(  # type: ignore[no-untyped-call]
+                x_TND, self.cos_TD, self.signed_sin_TD, self.back_sin_TD
+            )
             return rotated
         return _rotate(x_TND, self.cos_TD, self.signed_sin_TD)
 
@@ -52,14 +59,14 @@ class _Rotate(torch.autograd.Function):
     """The transpose of a rotation is the rotation back; autograd's own backward has many times as many products."""
 
     @staticmethod
-    def forward(ctx: Any, x_TND: Tensor, cos_TD: Tensor, signed_sin_TD: Tensor) -> Tensor:
-        ctx.save_for_backward(cos_TD, signed_sin_TD)
+    def forward(ctx: Any, x_TND: Tensor, cos_TD: Tensor, signed_sin_TD: Tensor, back_sin_TD: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_TD, back_sin_TD)
         return _rotate(x_TND, cos_TD, signed_sin_TD)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        cos_TD, signed_sin_TD = ctx.saved_tensors
-        return _rotate(grads[0], cos_TD, torch.cat(signed_sin_TD.chunk(2, -1)[::-1], -1)), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        cos_TD, back_sin_TD = ctx.saved_tensors
+        return _rotate(grads[0], cos_TD, back_sin_TD), None, None, None
 
 
 class Rotary:

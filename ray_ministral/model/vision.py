@@ -8,13 +8,14 @@ Legend: N images of one size, P patches of one image, C channels of the tower, H
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
+from ray_ministral.model.attention import attention_of_equals
 from ray_ministral.model.matmul import PackedWeight, give_back, take_over
 from ray_ministral.model.packed_block import PackedBlock
 from ray_ministral.model.rope import RotaryTables
@@ -99,10 +100,25 @@ def _run_tower(tower: Any, pixels_NCHW: Tensor, feature_layer: int) -> Tensor:
 
 def pack(tower: Any, projector: Any) -> None:
     """Lay the weights out for inference on CPU; what they were made of is given back."""
+    positions = tower.patch_positional_embedding
+    positions.forward = _PackedPositions(positions.forward)
     for layer in tower.transformer.layers:
         layer.forward = _PackedLayer(layer)
     for linear in (projector.patch_merger.merging_layer, projector.linear_1, projector.linear_2):
         linear.forward = take_over(linear)
+
+
+class _PackedPositions:
+    """Stands for the forward of the tower's position embedding: tables for the stream of all images' patches."""
+
+    def __init__(self, forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        self._forward = forward
+
+    def __call__(self, hidden_NPC: Tensor, positions_P2: Tensor) -> RotaryTables:
+        images, patches, _ = hidden_NPC.shape
+        tables = self._forward(hidden_NPC, positions_P2)
+        cos_TD, sin_TD = (table.view(patches, -1).repeat(images, 1) for table in tables)
+        return RotaryTables(cos_TD, sin_TD)
 
 
 class _PackedLayer:
@@ -127,12 +143,6 @@ class _PackedLayer:
             kv_heads=heads,
         )
 
-    def __call__(self, hidden_NPC: Tensor, _mask: None, *, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
-        images, patches, _ = hidden_NPC.shape
-        cos_TD, sin_TD = (table.view(patches, -1).repeat(images, 1) for table in position_embeddings)
-
-        def attend(query_THD: Tensor, key_THD: Tensor, value_THD: Tensor) -> Tensor:
-            query, key, value = (x.unflatten(0, (images, -1)).transpose(1, 2) for x in (query_THD, key_THD, value_THD))
-            return scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(0, 1)
-
-        return self._block(hidden_NPC.flatten(0, 1), RotaryTables(cos_TD, sin_TD), attend).view_as(hidden_NPC)
+    def __call__(self, hidden_NPC: Tensor, _mask: None, *, position_embeddings: RotaryTables) -> Tensor:
+        attend = partial(attention_of_equals, count=hidden_NPC.shape[0], is_causal=False)
+        return self._block(hidden_NPC.flatten(0, 1), position_embeddings, attend).view_as(hidden_NPC)
