@@ -162,6 +162,16 @@ def main(arguments: Sequence[str] | None = None, *, engine: Callable[[], Engine]
     help="Give up above this share of failed rows.",
 )
 @click.option("--retry-failed", is_flag=True, help="On a resume, do the failed rows again.")
+@click.option(
+    "--max-restarts",
+    type=int,
+    metavar="N",
+    default=PipelineConfig.max_restarts,
+    help="Give up a pipeline whose stages die more often in a row without a row getting done.",
+)
+@click.option(
+    "--spares", type=int, metavar="N", default=PipelineConfig.spares, help="Warm processes to stand in for dead stages."
+)
 @click.option("--trace", metavar="FILE", help="Write a timeline of driver and stages for ui.perfetto.dev.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and start nothing.")
 @click.option(
@@ -203,6 +213,8 @@ def command(
     max_image_pixels: int,
     max_error_rate: float,
     retry_failed: bool,
+    max_restarts: int,
+    spares: int,
     trace: str | None,
     dry_run: bool,
     address: str,
@@ -226,7 +238,13 @@ def command(
             ignore_eos=ignore_eos,
         ),
         pipeline=PipelineConfig(
-            stages=stages, replicas=replicas, threads_per_stage=threads_per_stage, device=device, dtype=dtype
+            stages=stages,
+            replicas=replicas,
+            threads_per_stage=threads_per_stage,
+            device=device,
+            dtype=dtype,
+            max_restarts=max_restarts,
+            spares=spares,
         ),
         images=ImageLimits(max_pixels=max_image_pixels),
         rows_per_shard=rows_per_shard,

@@ -141,7 +141,9 @@ class PipelineConfig:
     `layers_per_stage` overrides the split by cost. `threads_per_stage` None divides the cluster's cores among the
     stages. A microbatch holds at most `rows_per_microbatch` sequences and room for `kv_tokens_per_microbatch` tokens in
     the KV cache. A step is filled with prompts up to `tokens_per_step`; None: a number at which the device's matrix
-    products are near their full rate. Time-outs in seconds.
+    products are near their full rate. Time-outs in seconds: a stage hangs that gives no sign of life for
+    `health_timeout_s`, or is in one step for `step_timeout_s`. `max_restarts` deaths of a replica's stages in a row, in
+    which no row gets done, are one too many by one more; `spares` actors wait to stand in for dead ones.
     """
 
     stages: int = 1
@@ -156,6 +158,9 @@ class PipelineConfig:
     placement_timeout_s: float = 600.0
     start_timeout_s: float = 1800.0
     step_timeout_s: float = 600.0
+    health_timeout_s: float = 30.0
+    max_restarts: int = 3
+    spares: int = 0
 
     def __post_init__(self) -> None:
         _require(self.stages >= 1, f"--stages must be at least 1, got {self.stages}")
@@ -168,6 +173,8 @@ class PipelineConfig:
             self.layers_per_stage is None or len(self.layers_per_stage) == self.stages,
             f"layers_per_stage has {len(self.layers_per_stage or ())} entries for {self.stages} stages: give one each",
         )
+        _require(self.max_restarts >= 0, f"--max-restarts must be at least 0, got {self.max_restarts}")
+        _require(self.spares >= 0, f"--spares must be at least 0, got {self.spares}")
         _require(self.rows_per_microbatch >= 1, f"rows_per_microbatch must be positive, got {self.rows_per_microbatch}")
         _require(
             self.tokens_per_step is None or self.tokens_per_step >= 1,

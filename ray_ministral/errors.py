@@ -15,7 +15,8 @@
     ├── TooManyErrorsError    more bad rows than --max-error-rate allows; exit status 3
     └── ClusterError          the cluster could not carry the job; exit status 4
         ├── PlacementError    no room for the stages
-        └── StageDiedError    a stage actor died, hung or could not start
+        ├── StageDiedError    a stage actor died, hung or could not start
+        └── StaleStepError    a step of a pipeline as it was before a stage was replaced; nobody waits for it
 
 A message says what it got, what it wanted and what to change. Bugs are not in this tree: they stay
 `AssertionError`, `TypeError` and the like, with their traceback.
@@ -123,3 +124,7 @@ class PlacementError(ClusterError):
 
 class StageDiedError(ClusterError):
     """A stage actor died, hung, or could not start."""
+
+
+class StaleStepError(ClusterError):
+    """A step of an older generation came to a stage: the driver has given it up."""

@@ -30,7 +30,9 @@ class Request:
     """A row to caption. `pixels` is (reference to a pixel block, row in it), opaque here; None for a text-only row.
 
     key: what the row's result is filed under. token_ids: int32 [P]. sample_key: uint64 as in `StepPlan`.
-    alone: the row gets a microbatch to itself (after a step that it was part of has failed).
+    generated: what it has said so far; a row that has lost its place goes on from there.
+    group: where it is not None, the row shares a microbatch with rows of its group alone. exclusive: and while it runs,
+    nothing else does. deaths, deaths_by_itself: of stages that its steps were on; see `suspects.Suspects`.
     """
 
     key: Any
@@ -40,13 +42,27 @@ class Request:
     pixels: tuple[Any, int] | None = None
     pixel_bytes: int = 0
     attempts: int = 1
-    alone: bool = False
+    group: int | None = None
+    exclusive: bool = False
+    deaths: int = 0
+    deaths_by_itself: int = 0
+    is_new: bool = True
     generated: list[int] = field(default_factory=list)
 
     @property
     def kv_tokens(self) -> int:
         """Tokens that its slot must hold at most: the last generated token is never fed back."""
         return len(self.token_ids) + self.max_new_tokens - 1
+
+    @property
+    def known_tokens(self) -> int:
+        """Of the prompt and of what is generated: all that is fed when the row gets a slot."""
+        return len(self.token_ids) + len(self.generated)
+
+    @property
+    def known_ids(self) -> np.ndarray:
+        """int32 `[known_tokens]`."""
+        return np.concatenate([self.token_ids, np.asarray(self.generated, dtype=np.int32)])
 
 
 @dataclass(frozen=True)
@@ -73,9 +89,19 @@ class Microbatch:
         return len(self.running) + len(self.entering)
 
     @property
+    def requests(self) -> list[Request]:
+        """By slot."""
+        return self.running + self.entering
+
+    @property
     def is_taken(self) -> bool:
-        """By a row that has it to itself."""
-        return any(request.alone for request in (*self.running, *self.entering))
+        """By a group that has it to itself."""
+        return any(request.group is not None for request in self.requests)
+
+    @property
+    def is_exclusive(self) -> bool:
+        """Whether no other microbatch may run."""
+        return any(request.exclusive for request in self.requests)
 
 
 @dataclass(frozen=True)
@@ -106,6 +132,7 @@ class BatchScheduler:
         self._step_limit = tokens_per_step
         self._finish_check = finish_check
         self._steps = 0
+        self._generation = 0
 
     @property
     def active(self) -> int:
@@ -136,20 +163,35 @@ class BatchScheduler:
         assert self.fits(request), "the caller turns requests that don't fit into row errors"
         self.waiting.append(request)
 
+    def add_first(self, requests: Sequence[Request]) -> None:
+        """Put requests that have had a place, and lost it, before all that wait, in this order."""
+        self.waiting.extendleft(reversed(requests))
+
     def launches(self) -> list[Launch]:
         """A step for each microbatch that is not in flight and has something to do."""
-        ready = (self._launch(microbatch) for microbatch in self.microbatches if microbatch.in_flight is None)
+        ready = (self._launch(microbatch) for microbatch in self._may_run() if microbatch.in_flight is None)
         return [launch for launch in ready if launch is not None]
+
+    def _may_run(self) -> list[Microbatch]:
+        """All microbatches, but for a row that nothing may run beside."""
+        taken = [microbatch for microbatch in self.microbatches if microbatch.is_exclusive]
+        if taken or not self.waiting or not self.waiting[0].exclusive:
+            return taken or self.microbatches
+        if any(microbatch.in_flight for microbatch in self.microbatches):
+            return []
+        empty = [microbatch for microbatch in self.microbatches if not microbatch.rows]
+        return empty[:1] or self.microbatches
 
     def complete(self, plan: StepPlan, tokens: np.ndarray) -> list[Finished]:
         """Take the sampled tokens of a step; returns the requests that are done with it."""
         microbatch = self._landed(plan)
-        sequences = microbatch.running + microbatch.entering
+        sequences = microbatch.requests
         microbatch.entering = []
         finished: list[Finished] = []
         keep: list[Request | None] = []
         for request, token in zip(sequences, tokens.tolist(), strict=True):
             request.generated.append(token)
+            request.is_new = False
             reason = self._finish_check(request.generated)
             if reason is None and len(request.generated) >= request.max_new_tokens:
                 reason = "length"
@@ -161,11 +203,26 @@ class BatchScheduler:
 
     def fail(self, plan: StepPlan) -> list[Request]:
         """A step has failed: its sequences lose their slots and are given back, to be tried again or given up."""
-        microbatch = self._landed(plan)
-        lost = microbatch.running + microbatch.entering
-        microbatch.running, microbatch.entering, microbatch.moves = [], [], []
-        for request in lost:
-            request.generated.clear()
+        return self._emptied(self._landed(plan))
+
+    def reset(self, generation: int) -> tuple[list[Request], list[Request]]:
+        """The stages have lost their caches: no step is in flight, nobody holds a slot, nobody waits.
+
+        Gives all requests back: those of steps that were in flight, and the others, longest here first. Plans are of
+        `generation` from now on.
+        """
+        self._generation = generation
+        in_flight: list[Request] = []
+        others: list[Request] = []
+        for microbatch in self.microbatches:
+            (others if microbatch.in_flight is None else in_flight).extend(self._emptied(microbatch))
+        others += self.waiting
+        self.waiting.clear()
+        return in_flight, others
+
+    def _emptied(self, microbatch: Microbatch) -> list[Request]:
+        lost = microbatch.requests
+        microbatch.running, microbatch.entering, microbatch.moves, microbatch.in_flight = [], [], [], None
         return lost
 
     def _landed(self, plan: StepPlan) -> Microbatch:
@@ -191,17 +248,18 @@ class BatchScheduler:
                 if block not in blocks:
                     blocks.append(block)
                 images = ((blocks.index(block), row),)
-            prefills.append(Prefill(len(decoding) + offset, 0, len(request.token_ids), True, images))
+            prefills.append(Prefill(len(decoding) + offset, 0, request.known_tokens, True, images))
         fed = np.asarray([request.generated[-1] for request in decoding], dtype=np.int32)
         plan = StepPlan(
             step=self._steps,
             microbatch=microbatch.index,
             moves=tuple(microbatch.moves),
-            token_ids=np.concatenate([fed, *(request.token_ids for request in microbatch.entering)]).astype(np.int32),
-            decode_positions=np.asarray([_next_position(request) - 1 for request in decoding], dtype=np.int32),
+            token_ids=np.concatenate([fed, *(request.known_ids for request in microbatch.entering)]).astype(np.int32),
+            decode_positions=np.asarray([request.known_tokens - 1 for request in decoding], dtype=np.int32),
             prefills=tuple(prefills),
             sample_keys=np.asarray([request.sample_key for request in sequences], dtype=np.uint64),
-            sample_positions=np.asarray([_next_position(request) for request in sequences], dtype=np.int64),
+            sample_positions=np.asarray([request.known_tokens for request in sequences], dtype=np.int64),
+            generation=self._generation,
         )
         self._steps += 1
         microbatch.moves = []
@@ -210,11 +268,10 @@ class BatchScheduler:
 
     def _admit(self, microbatch: Microbatch) -> list[Request]:
         """Requests from the head of the queue, as many as this microbatch's even share and limits allow."""
-        if microbatch.is_taken:
-            return []
         rows = self.active + len(self.waiting)
         used = microbatches_for(rows, len(self.microbatches), self._rows_limit)
-        if microbatch.index >= used + sum(other.is_taken for other in self.microbatches):
+        taken = sum(other.is_taken for other in self.microbatches if other is not microbatch)
+        if microbatch.index >= used + taken and not (self.waiting and self.waiting[0].exclusive):
             return []
         places = min(self._rows_limit, -(-rows // used)) - len(microbatch.running)
         admitted: list[Request] = []
@@ -223,14 +280,13 @@ class BatchScheduler:
         while self.waiting and len(admitted) < places:
             request = self.waiting[0]
             held += in_blocks(request.kv_tokens)
-            tokens += len(request.token_ids)
+            tokens += request.known_tokens
             # The first one always goes in: it fits on its own, and waiting would not make it smaller.
-            too_many = request.alone or held > self._kv_limit
-            if ((microbatch.running or admitted) and too_many) or (admitted and tokens > self._step_limit):
+            present = next(iter(admitted or microbatch.running), None)
+            stranger = present is not None and present.group != request.group
+            if (present and held > self._kv_limit) or (admitted and tokens > self._step_limit) or stranger:
                 break
             admitted.append(self.waiting.popleft())
-            if request.alone:
-                break
         return admitted
 
 
@@ -240,10 +296,6 @@ def microbatches_for(rows: int, microbatches: int, rows_per_microbatch: int) -> 
     All but one are as many as there are stages, and keep them busy.
     """
     return min(microbatches, max(1, microbatches - 1, -(-rows // rows_per_microbatch)))
-
-
-def _next_position(request: Request) -> int:
-    return len(request.token_ids) + len(request.generated)
 
 
 def _compact(slots: list[Request | None]) -> tuple[list[Request], list[tuple[int, int]]]:

@@ -41,6 +41,7 @@ class StepPlan:
     token_ids: int32 [T], for the first stage. decode_positions: int32, the position of each decoding sequence's token.
     sample_keys, sample_positions: uint64 and int64, for each token to sample (decoding sequences, then prompts that
     complete): what its random number is keyed by, and the position that the new token will have.
+    generation: of the pipeline that it is for; stages of another one refuse it.
     """
 
     step: int
@@ -51,6 +52,7 @@ class StepPlan:
     prefills: tuple[Prefill, ...]
     sample_keys: np.ndarray
     sample_positions: np.ndarray
+    generation: int = 0
 
     @property
     def num_decode(self) -> int:

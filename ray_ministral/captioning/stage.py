@@ -15,6 +15,7 @@ from ray_ministral.captioning.sampling import sample
 from ray_ministral.captioning.step_times import StepSpan, StepTimes
 from ray_ministral.config import SamplingConfig, StageOptions
 from ray_ministral.data.images import ImagePreprocessor
+from ray_ministral.errors import StaleStepError
 from ray_ministral.model.architecture import Architecture
 from ray_ministral.model.packed import PackedBatch
 from ray_ministral.pipeline.pixels import PixelTable
@@ -26,20 +27,37 @@ class CaptionStage(PipelineStage):
     """Runs `StepPlan`s; keeps the KV cache of each microbatch. `times` says what its steps took."""
 
     def __init__(
-        self, options: StageOptions, sampling: SamplingConfig, kv_tokens_per_microbatch: int, *, traced: bool = False
+        self,
+        options: StageOptions,
+        sampling: SamplingConfig,
+        kv_tokens_per_microbatch: int,
+        *,
+        traced: bool = False,
+        generation: int = 0,
     ) -> None:
         super().__init__(options)
+        self.generation = generation
         self.sampling = sampling
         self.kv_tokens_per_microbatch = kv_tokens_per_microbatch
         self._caches: dict[int, KVCache] = {}
         self._pixels: PixelTable | None = None
         self.times = StepTimes(traced=traced)
 
+    def restart(self, generation: int) -> None:
+        """Another stage was replaced: forget all sequences, and take plans of this generation alone."""
+        self._caches.clear()
+        self.generation = generation
+
     def step(self, plan: StepPlan, hidden: np.ndarray | None, *blocks: Pixels) -> np.ndarray:
         """One step: what the next stage takes as `hidden`, or the sampled token ids (int32) on the last stage.
 
         `blocks` are the pixel blocks that the plan's `Prefill.images` count, for the first stage.
+        Raises `StaleStepError` for a plan of another generation.
         """
+        if plan.generation != self.generation:
+            raise StaleStepError(
+                f"step {plan.step} is of generation {plan.generation}, the stage of generation {self.generation}"
+            )
         started, begun = time.time(), time.perf_counter()
         cache = self._cache(plan.microbatch)
         cache.prepare(plan)

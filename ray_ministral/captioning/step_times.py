@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 SPANS_KEPT = 10_000
 """Steps that a traced stage holds until they are taken; where nobody takes them, the oldest give way."""
@@ -50,6 +50,10 @@ class StageTotals:
     def outside_seconds(self) -> float:
         """Busy, but not in the model: wire, KV cache, plan."""
         return self.busy_seconds - self.model_seconds
+
+    def and_also(self, other: StageTotals) -> StageTotals:
+        """Of two stages, or of two processes that were the same stage."""
+        return StageTotals(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def plus(self, span: StepSpan) -> StageTotals:
         """With one more step."""

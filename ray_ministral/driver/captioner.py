@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError
 
 from ray_ministral.captioning.batching import BatchScheduler, Finished, Request
 from ray_ministral.captioning.plan import StepPlan
 from ray_ministral.captioning.request import OK, PreparedRow, RowFailure, RowResult
+from ray_ministral.captioning.suspects import Suspects, Verdict
 from ray_ministral.config import CaptionConfig, StageOptions
 from ray_ministral.driver import tasks
 from ray_ministral.driver.clock import Clock
@@ -24,13 +28,16 @@ from ray_ministral.driver.cluster import Resolved, connected, resolve
 from ray_ministral.driver.feeder import Feeder, Prepared
 from ray_ministral.driver.job import CaptionJob
 from ray_ministral.driver.parts import PartTracker
-from ray_ministral.driver.pipeline import Pipeline, describe_error, raise_if_ours, root_cause
+from ray_ministral.driver.pipeline import NewActor, Pipeline, describe_error, raise_if_ours, root_cause
+from ray_ministral.driver.policies import too_many_errors
 from ray_ministral.driver.profiling import Profiling
 from ray_ministral.driver.progress import Progress
 from ray_ministral.driver.replica import Replica, RowKey, sample_key
+from ray_ministral.driver.spares import Spares
 from ray_ministral.driver.stage_actor import stage_actor_class
 from ray_ministral.driver.step_spans import StepSpans
 from ray_ministral.driver.summary import CaptionSummary, StageFigures
+from ray_ministral.driver.supervisor import Supervisor
 from ray_ministral.driver.trace import Trace
 from ray_ministral.errors import ClusterError, StageDiedError, TooManyErrorsError
 
@@ -38,9 +45,6 @@ logger = logging.getLogger(__name__)
 
 WAIT_S = 1.0
 """Longest wait for an event before progress is shown again."""
-
-MAX_ATTEMPTS = 2
-"""A row whose step failed is tried once more, with a microbatch to itself."""
 
 
 def caption(config: CaptionConfig, *, stage_actor: Any = None) -> CaptionSummary:
@@ -64,7 +68,16 @@ class Captioner:
         self.config = config
         self._actor_class = stage_actor
         self._clock = Clock()
-        self._replicas: list[Replica] = []
+        self._supervisor: Supervisor | None = None
+        self._suspects = Suspects()
+        self._homeless: deque[Request] = deque()
+        """Rows that have lost their replica and wait for another, or for the same."""
+        self._without_pixels: dict[tuple[int, int], Request] = {}
+        """Rows whose pixels were lost with a node and are prepared again, by shard and row."""
+
+    @property
+    def _replicas(self) -> list[Replica]:
+        return self._supervisor.replicas if self._supervisor else []
 
     def run(self) -> CaptionSummary:
         """Plan, start, loop until every part is committed, clean up; see `caption`."""
@@ -85,6 +98,7 @@ class Captioner:
                 self._admit()
                 self._launch()
                 self._handle_events()
+                self._supervise()
                 self._spans.poll()
                 progress.update(**vars(self._tracker.totals))
             summary = self._summary()
@@ -103,19 +117,20 @@ class Captioner:
         self._feeder = Feeder(self._tracker.wanted(), self._start_prepare)
         stack.callback(self._feeder.close)
         with self._trace.driver("stages"):
-            self._replicas = self._start_replicas(stack)
+            self._supervisor = self._start_replicas(stack)
         self._spans = StepSpans(self._trace, [replica.pipeline for replica in self._replicas])
         stack.callback(self._spans.finish)
         self._progress_at = time.monotonic()
 
-    def _start_replicas(self, stack: ExitStack) -> list[Replica]:
+    def _start_replicas(self, stack: ExitStack) -> Supervisor:
         config = self.config.pipeline
         resolved = resolve(config)
+        actor_class = self._actor_class or stage_actor_class()
         pipelines: list[Pipeline] = []
         for index in range(config.replicas):
             pipeline = Pipeline.start(
                 f"replica {index}",
-                actor_class=self._actor_class or stage_actor_class(),
+                actor_class=actor_class,
                 num_stages=config.stages,
                 config=config,
                 resolved=resolved,
@@ -123,6 +138,8 @@ class Captioner:
             )
             stack.callback(pipeline.close)
             pipelines.append(pipeline)
+        spares = Spares(config.spares, NewActor(actor_class, resolved))
+        stack.callback(spares.close)
         self._clock.lap("placement")
         measuring = self._choose_split(pipelines, resolved)
         arguments = [
@@ -134,13 +151,13 @@ class Captioner:
             )
             for spec in self._split.partition.stages
         ]
-        for pipeline in pipelines:
-            pipeline.load(arguments)
-        for pipeline in pipelines:
-            pipeline.wait_ready(config.start_timeout_s, self._progress.message)
-        slowest = max((r for p in pipelines for r in p.reports), key=lambda r: r.import_seconds + r.load_seconds)
+        replicas = [Replica(pipeline, self._scheduler(resolved)) for pipeline in pipelines]
+        supervisor = Supervisor(config, replicas, arguments, spares, self._suspects, self._stage_died)
+        supervisor.start(self._progress.message)
+        reports = [report for replica in supervisor.replicas for report in replica.pipeline.loaded.values()]
+        slowest = max(reports, key=lambda report: report.import_seconds + report.load_seconds)
         self._clock.lap("stages", imports=slowest.import_seconds, measuring=measuring, weights=slowest.load_seconds)
-        return [Replica(pipeline, self._scheduler(resolved)) for pipeline in pipelines]
+        return supervisor
 
     def _choose_split(self, pipelines: list[Pipeline], resolved: Resolved) -> float:
         """Where to cut the model; returns the seconds that the stages measured for."""
@@ -171,15 +188,22 @@ class Captioner:
     # The loop: admit rows, launch steps, handle what comes back
 
     def _admit(self) -> None:
-        """Hand prepared rows to the replica with most room, as long as one has any."""
+        """Hand rows to the replica with most room, as long as one has any: those without a replica first."""
         with self._trace.driver("admit"):
-            while self._admit_chunk():
+            while self._house() or (not self._homeless and self._admit_chunk()):
                 pass
+
+    def _house(self) -> bool:
+        """Give some of those that have lost their replica another one."""
+        replica = max(self._replicas, key=lambda replica: replica.room)
+        rows = [self._homeless.popleft() for _ in range(min(replica.room, len(self._homeless)))]
+        replica.scheduler.add_first(rows)
+        return bool(rows)
 
     def _admit_chunk(self) -> bool:
         """The next chunk, if there is room and one is ready."""
-        replica = max(self._replicas, key=lambda replica: replica.scheduler.room)
-        prepared = self._feeder.take() if replica.scheduler.room else None
+        replica = max(self._replicas, key=lambda replica: replica.room)
+        prepared = self._feeder.take() if replica.room else None
         if prepared is None:
             return False
         chunk = prepared.chunk
@@ -197,6 +221,12 @@ class Captioner:
             self._file(shard_index, RowResult.failed(row.row, row.failure))
             return
         self._clock.first_admission()
+        pixels = (prepared.pixels, index) if row.image_sizes else None
+        again = self._without_pixels.pop((shard_index, row.row), None)
+        if again is not None:
+            again.pixels = pixels
+            replica.scheduler.add(again)
+            return
         images = self._job.image_tokens(row.image_sizes)
         most = self.config.sampling.max_new_tokens
         request = Request(
@@ -204,7 +234,7 @@ class Captioner:
             token_ids=row.token_ids,
             max_new_tokens=most if row.max_new_tokens is None else min(most, row.max_new_tokens),
             sample_key=sample_key(self._job.plan.shards[shard_index], row.row),
-            pixels=(prepared.pixels, index) if row.image_sizes else None,
+            pixels=pixels,
             pixel_bytes=sum(3 * height * width for height, width in row.image_sizes),
         )
         replica.scheduler.add(request)
@@ -218,8 +248,8 @@ class Captioner:
     def _handle_events(self) -> None:
         """Wait for whatever comes first: tokens, a chunk, a written part."""
         steps = {reference: replica for replica in self._replicas for reference in replica.in_flight}
-        waitables = [*steps, *self._writes]
-        if any(replica.scheduler.room for replica in self._replicas) and self._feeder.waitable() is not None:
+        waitables = [*steps, *self._writes, *(self._supervisor.waitables if self._supervisor else ())]
+        if any(replica.room for replica in self._replicas) and self._feeder.waitable() is not None:
             waitables.append(self._feeder.waitable())
         if not waitables:
             assert self._tracker.done, "rows are missing, and nothing is under way that could bring them"
@@ -239,44 +269,63 @@ class Captioner:
                 self._write_done(reference)
 
     def _step_done(self, replica: Replica, reference: Any) -> None:
-        plan = replica.in_flight.pop(reference)
+        plan = replica.in_flight.pop(reference, None)
+        if plan is None:
+            return  # the replica has lost a stage since
         try:
             tokens: np.ndarray = ray.get(reference)
-        except RayTaskError as error:
+        except RayError as error:
             self._step_failed(replica, plan, error)
             return
-        except RayActorError as error:
-            raise replica.pipeline.death(error) from error
-        except RayError as error:
-            raise ClusterError(f"{replica.pipeline.name}: a step was lost: {describe_error(error)}") from error
         for finished in replica.scheduler.complete(plan, tokens):
+            replica.rows += 1
             self._file(finished.request.key.shard_index, self._captioned(finished), finished.request.key.images)
 
-    def _step_failed(self, replica: Replica, plan: StepPlan, error: RayTaskError) -> None:
-        """The model refused a step: its rows are tried again one by one, and then given up one by one."""
+    def _step_failed(self, replica: Replica, plan: StepPlan, error: RayError) -> None:
         cause = root_cause(error)
         if isinstance(cause, RayActorError):
-            raise replica.pipeline.death(cause) from error
-        if isinstance(cause, RayError):  # no fault of the rows: an object was lost with its node
-            raise ClusterError(f"{replica.pipeline.name}: a step was lost: {describe_error(error)}") from error
+            assert self._supervisor is not None
+            self._supervisor.step_lost(replica, cause)
+            return
+        rows = replica.scheduler.fail(plan)
         logger.warning("%s: step %d failed: %s", replica.pipeline.name, plan.step, describe_error(error))
+        if isinstance(cause, RayError):
+            # No fault of the rows: their pixels, or a stage's result, were lost with a node.
+            entering = rows[len(rows) - len(plan.prefills) :]
+            self._prepare_again([request for request in entering if request.pixels is not None])
+            replica.scheduler.add_first([request for request in rows if request.pixels is None or not request.is_new])
+            return
+        verdict = self._suspects.after_error(rows)
+        replica.scheduler.add_first(verdict.again)
         stage = "prefill" if plan.prefills else "decode_token"
-        for request in replica.scheduler.fail(plan):
-            if request.attempts < MAX_ATTEMPTS:
-                request.attempts += 1
-                request.alone = True
-                replica.scheduler.add(request)
-            else:
-                key: RowKey = request.key
-                failure = RowFailure("engine_error", describe_error(error), stage)
-                result = RowResult.failed(
-                    key.row,
-                    failure,
-                    prompt_tokens=len(request.token_ids),
-                    image_tokens=key.image_tokens,
-                    attempts=request.attempts,
-                )
-                self._file(key.shard_index, result, key.images)
+        self._give_up(verdict, f"{describe_error(error)}", stage)
+
+    def _prepare_again(self, requests: Sequence[Request]) -> None:
+        """Read rows once more whose pixels are gone; what they have generated is kept."""
+        for request in requests:
+            key: RowKey = request.key
+            request.pixels = None
+            self._without_pixels[key.shard_index, key.row] = request
+        shards = self._job.plan.shards
+        self._feeder.again([replace(shards[r.key.shard_index], start=r.key.row, stop=r.key.row + 1) for r in requests])
+
+    def _stage_died(self, verdict: Verdict, error: StageDiedError) -> None:
+        """A replica gives its rows back."""
+        self._progress_at = time.monotonic()
+        self._homeless.extendleft(reversed(verdict.again))
+        self._give_up(verdict, f"a stage died each time that this row was on it: {error}", "prefill")
+
+    def _give_up(self, verdict: Verdict, error: str, stage: str) -> None:
+        for request in verdict.given_up:
+            key: RowKey = request.key
+            result = RowResult.failed(
+                key.row,
+                RowFailure("engine_error", error, stage),
+                prompt_tokens=len(request.token_ids),
+                image_tokens=key.image_tokens,
+                attempts=request.attempts,
+            )
+            self._file(key.shard_index, result, key.images)
 
     def _captioned(self, finished: Finished) -> RowResult:
         request, key = finished.request, finished.request.key
@@ -299,10 +348,12 @@ class Captioner:
         results = self._tracker.add(shard_index, result, images)
         shard = self._job.plan.shards[shard_index]
         rows, errors = self._job.plan.rows, self._tracker.errors
-        if errors > self.config.max_error_rate * rows:
+        done = self._tracker.done_before + self._tracker.totals.rows
+        if too_many_errors(errors, done, rows, self.config.max_error_rate):
+            of = f"{rows} rows" if errors > self.config.max_error_rate * rows else f"the first {done} rows"
             raise TooManyErrorsError(
-                f"{errors} of {rows} rows failed, more than --max-error-rate {self.config.max_error_rate:g} allows; "
-                f"the last one, row {result.row} of row group {shard.row_group} of {shard.file}: {result.status}: "
+                f"{errors} of {of} failed, more than --max-error-rate {self.config.max_error_rate:g} allows; the last "
+                f"one, row {result.row} of row group {shard.row_group} of {shard.file}: {result.status}: "
                 f"{result.error}"
             )
         if results is not None:
@@ -329,23 +380,26 @@ class Captioner:
         self._tracker.committed(shard_index, info)
         self._clock.last_commit()
 
+    def _supervise(self) -> None:
+        if self._supervisor is not None:
+            self._supervisor.poll()
+
     def _check_for_hang(self) -> None:
-        """Nothing has happened for a while. Within the time-out that is slow, beyond it hung."""
+        """Nothing has come back for a while. Stages that hang are found by the supervisor, what else does is here."""
         silent = time.monotonic() - self._progress_at
-        if silent < self.config.pipeline.step_timeout_s:
-            return
-        stuck = [
-            f"stage {index} of {replica.pipeline.name} does not answer"
-            for replica in self._replicas
-            for index in replica.pipeline.unresponsive()
-        ]
+        config = self.config.pipeline
+        if any(replica.recovery for replica in self._replicas):
+            return  # it has a deadline of its own
         steps = sum(len(replica.in_flight) for replica in self._replicas)
+        # A step that hangs is given up at its time-out, and its stage replaced; only then it is for us to end the job.
+        if silent < config.step_timeout_s + (2 * config.health_timeout_s if steps else 0.0):
+            return
         under_way = [f"{steps} steps"] if steps else []
         under_way += [f"the writing of {self._job.plan.shards[index].part_name}" for index, _ in self._writes.values()]
         under_way += [f"the preparing of {place}" for place in self._feeder.under_way()]
-        raise StageDiedError(
-            f"nothing has come back for {silent:.0f} s; {', '.join(stuck) or 'all stages answer'}; under way: "
-            f"{', '.join(under_way)}. Raise step_timeout_s if this can take so long"
+        raise ClusterError(
+            f"nothing has come back for {silent:.0f} s, though all stages answer; under way: {', '.join(under_way)}. "
+            "Raise step_timeout_s if this can take so long"
         )
 
     # The end
@@ -353,7 +407,7 @@ class Captioner:
     def _summary(self) -> CaptionSummary:
         counts = self._tracker.status_counts
         totals, clock, config = self._tracker.totals, self._clock, self.config.pipeline
-        seconds = clock.working_seconds
+        seconds, supervisor = clock.working_seconds, self._supervisor
         figures = StageFigures.of([replica.totals() for replica in self._replicas], config.stages, seconds)
         return CaptionSummary(
             rows=sum(counts.values()),
@@ -366,7 +420,9 @@ class Captioner:
             stages=config.stages,
             replicas=config.replicas,
             stage_busy=figures.stage_busy,
-            recoveries=0,
+            recoveries=0 if supervisor is None else supervisor.recoveries,
+            recovery_seconds=0.0 if supervisor is None else supervisor.recovery_seconds,
+            recomputed_tokens=0 if supervisor is None else supervisor.recomputed_tokens,
             output=self._job.ledger.output,
             status_counts=counts,
             startup=clock.laps,

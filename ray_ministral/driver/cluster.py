@@ -124,7 +124,7 @@ def _start_local(pipeline: PipelineConfig) -> None:
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it recommends to switch the token off
     token = Path.home() / ".ray" / "auth_token"
     had_token = token.exists()
-    asked = pipeline.stages * pipeline.replicas * (pipeline.threads_per_stage or 1)
+    asked = (pipeline.stages * pipeline.replicas + pipeline.spares) * (pipeline.threads_per_stage or 1)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with _loopback_only():
         ray.init(

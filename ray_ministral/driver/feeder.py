@@ -72,6 +72,11 @@ class Feeder:
         """Whether every row has been taken."""
         return not self._units and not self._todo and self._peeked is None
 
+    def again(self, shards: Sequence[Shard]) -> None:
+        """Prepare these once more, before what has not been begun."""
+        self._todo.extendleft(([shard], False) for shard in reversed(shards))
+        self.fill()
+
     def fill(self) -> None:
         """Start units until enough are under way."""
         while self._todo and len(self._units) < self._ahead:

@@ -5,16 +5,20 @@ It knows actors and placement, not what they are for: captioning and training us
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from ray_ministral.config import STAGE_ENVIRONMENT, PipelineConfig
 from ray_ministral.driver.cluster import Resolved
@@ -28,20 +32,53 @@ HEALTH_TIMEOUT_S = 15.0  # a stage that does not answer for so long is taken for
 Announce = Callable[[str], None]
 
 
-class Pipeline:
-    """One replica: an actor for each stage, in one placement group. `generation` grows with each rebuild.
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Room for a stage: a bundle of a placement group."""
 
-    The actors have `warm_up()`, `load(...) -> LoadReport`, and in a concurrency group of their own `status()`.
+    group: PlacementGroup
+    bundle: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class NewActor:
+    """Starts the actor of a stage at a place, and lets it warm up: `(actor, warm_up)`."""
+
+    actor_class: Any
+    resolved: Resolved
+
+    def __call__(self, place: Place) -> tuple[Any, Any]:
+        """Waits for nothing: where there is no room yet, the actor starts when there is."""
+        resolved = self.resolved
+        actor = self.actor_class.options(
+            num_cpus=resolved.threads,
+            num_gpus=1 if resolved.device == "cuda" else 0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                place.group, placement_group_bundle_index=place.bundle
+            ),
+            runtime_env={"env_vars": STAGE_ENVIRONMENT | {"OMP_NUM_THREADS": str(resolved.threads)}},
+        ).remote()
+        return actor, actor.warm_up.remote()  # what goes wrong there goes wrong in `load`, too
+
+
+class Pipeline:
+    """One replica: an actor for each stage. `generation` grows with each rebuild.
+
+    The actors have `warm_up()`, `load(...) -> LoadReport`, and in a concurrency group of their own `status()`. At first
+    the places of all are in one placement group, which is this replica's; a spare that stands in brings its own.
     """
 
-    def __init__(self, name: str, group: PlacementGroup, actors: list[Any], generation: int) -> None:
+    def __init__(self, name: str, places: Sequence[Place], new_actor: NewActor, generation: int) -> None:
         self.name = name
         self.generation = generation
-        self._group = group
-        self.actors = actors
+        self.places = list(places)
+        self._groups = {place.group.id: place.group for place in places}
+        self.new_actor = new_actor
+        self.actors: list[Any] = []
         self.warm_ups: list[Any] = []
         self._loads: list[Any] = []
         self.reports: list[LoadReport] = []
+        self.loaded: dict[int, LoadReport] = {}
 
     @classmethod
     def start(
@@ -60,18 +97,14 @@ class Pipeline:
         Raises `PlacementError` where the cluster has no room within `config.placement_timeout_s`.
         """
         group = placement_group([resolved.bundle] * num_stages, strategy="PACK")
-        pipeline = cls(name, group, [], generation)
+        places = [Place(group, index) for index in range(num_stages)]
+        pipeline = cls(name, places, NewActor(actor_class, resolved), generation)
         try:
             _wait_for_room(name, group, resolved, num_stages, config.placement_timeout_s, announce)
-            for index in range(num_stages):
-                actor = actor_class.options(
-                    num_cpus=resolved.threads,
-                    num_gpus=1 if resolved.device == "cuda" else 0,
-                    scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
-                    runtime_env={"env_vars": STAGE_ENVIRONMENT | {"OMP_NUM_THREADS": str(resolved.threads)}},
-                ).remote()
+            for place in places:
+                actor, warm_up = pipeline.new_actor(place)
                 pipeline.actors.append(actor)
-                pipeline.warm_ups.append(actor.warm_up.remote())  # what goes wrong here goes wrong in `load`, too
+                pipeline.warm_ups.append(warm_up)
         except BaseException:
             pipeline.close()
             raise
@@ -98,8 +131,7 @@ class Pipeline:
             self._raise_failed_loads()
             if not pending:
                 break
-            statuses = self.ask("status", STATUS_TIMEOUT_S)
-            shown = ", ".join(_describe(index, status) for index, status in enumerate(statuses))
+            shown = self.progress()
             announce(f"{self.name}: waiting for {len(pending)} of {self.num_stages} stages: {shown}")
             if time.monotonic() > deadline:
                 raise StageDiedError(
@@ -107,6 +139,29 @@ class Pipeline:
                     "raise start_timeout_s for very slow storage"
                 )
         self.reports = ray.get(self._loads)
+
+    def progress(self) -> str:
+        """What each stage is doing, for people. Takes half a second at most."""
+        statuses = self.ask("status", STATUS_TIMEOUT_S)
+        return ", ".join(_describe(index, status) for index, status in enumerate(statuses))
+
+    def end_hanging(self, index: int) -> None:
+        """End the process of a stage that does not do so itself: by Ray, and by its pid where that is known."""
+        end_actor(self.actors[index])
+        report = self.loaded.pop(index, None)
+        if report is not None:
+            end_process.options(scheduling_strategy=NodeAffinitySchedulingStrategy(report.node_id, soft=False)).remote(
+                report.pid
+            )
+
+    def replace(self, index: int) -> None:
+        """Start another actor at the place of a stage whose actor is dead, or is ended now."""
+        end_actor(self.actors[index])
+        self.actors[index], self.warm_ups[index] = self.new_actor(self.places[index])
+
+    def stage_of(self, error: RayActorError) -> int | None:
+        """The stage whose actor an error is about."""
+        return next((i for i, actor in enumerate(self.actors) if actor._actor_id.hex() == error.actor_id), None)
 
     def ask(self, method: str, timeout_s: float) -> list[Any]:
         """What each stage answers within the time; None for one that does not, or that is dead."""
@@ -120,7 +175,7 @@ class Pipeline:
 
     def death(self, error: RayActorError) -> StageDiedError:
         """What to raise for a stage that has died: which one, where, and Ray's reason, in one line."""
-        index = next((i for i, actor in enumerate(self.actors) if actor._actor_id.hex() == error.actor_id), None)
+        index = self.stage_of(error)
         stage = "a stage" if index is None else f"stage {index}"
         where = re.search(r"\spid: (\d+).*\sip: (\S+)", str(error), re.DOTALL)
         process = f" (process {where[1]} on {where[2]})" if where else ""
@@ -137,10 +192,10 @@ class Pipeline:
     def close(self) -> None:
         """End the actors and give the room back. Never raises: it runs while something else is being raised."""
         for actor in self.actors:
+            end_actor(actor)
+        for group in self._groups.values():
             with suppress(Exception):
-                ray.kill(actor, no_restart=True)
-        with suppress(Exception):
-            remove_placement_group(self._group)
+                remove_placement_group(group)
 
     def _raise_failed_loads(self) -> None:
         for index, load in enumerate(self._loads):
@@ -153,6 +208,20 @@ class Pipeline:
                     raise StageDiedError(f"{self.name}: stage {index} cannot load: {describe_error(error)}") from error
                 except RayActorError as error:
                     raise self.death(error) from error
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def end_process(pid: int) -> None:
+    """Runs on the node of a process of Ray's that is to be ended, stopped or not."""
+    with suppress(OSError):
+        if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::"):
+            os.kill(pid, signal.SIGKILL)
+
+
+def end_actor(actor: Any) -> None:
+    """End an actor's process, also one that is stopped. Never raises."""
+    with suppress(Exception):
+        ray.kill(actor, no_restart=True)
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +37,14 @@ class StageStatus:
 
 
 @dataclass(frozen=True)
+class Pulse:
+    """What a stage answers whatever it is doing: seconds that its step under way takes so far, sums of the others."""
+
+    step_seconds: float = 0.0
+    totals: StageTotals = field(default_factory=StageTotals)
+
+
+@dataclass(frozen=True)
 class LoadReport:
     """What a stage's start cost: seconds for imports and for weights, bytes of its parameters and of its process."""
 
@@ -55,6 +63,7 @@ class StageActor:
         self._status = StageStatus("starting")
         self._stage: CaptionStage | None = None
         self._import_seconds = 0.0
+        self._step_began: float | None = None
 
     def warm_up(self) -> None:
         """Import torch and megatron."""
@@ -72,12 +81,17 @@ class StageActor:
         return measure(options, sampling, shapes)
 
     def load(
-        self, options: StageOptions, sampling: SamplingConfig, kv_tokens_per_microbatch: int, traced: bool = False
+        self,
+        options: StageOptions,
+        sampling: SamplingConfig,
+        kv_tokens_per_microbatch: int,
+        traced: bool = False,
+        generation: int = 0,
     ) -> LoadReport:
-        """Read the weights of a stage. A `traced` one keeps its steps for `take_spans`."""
+        """Read the weights of a stage of a pipeline's `generation`. A `traced` one keeps its steps for `take_spans`."""
         from ray_ministral.captioning.stage import CaptionStage
 
-        self._stage = CaptionStage(options, sampling, kv_tokens_per_microbatch, traced=traced)
+        self._stage = CaptionStage(options, sampling, kv_tokens_per_microbatch, traced=traced, generation=generation)
         load_seconds = self._stage.load(self._loading)
         memory = self._stage.memory()
         self._status = StageStatus("ready", memory["parameters"], memory["parameters"])
@@ -96,7 +110,16 @@ class StageActor:
     def step(self, plan: StepPlan, hidden: np.ndarray | None, *blocks: Pixels) -> np.ndarray:
         """See `CaptionStage.step`."""
         assert self._stage is not None, "load() comes first"
-        return self._stage.step(plan, hidden, *blocks)
+        self._step_began = time.monotonic()
+        try:
+            return self._stage.step(plan, hidden, *blocks)
+        finally:
+            self._step_began = None
+
+    def restart(self, generation: int) -> None:
+        """See `CaptionStage.restart`. Comes after the steps that were sent before it."""
+        assert self._stage is not None, "load() comes first"
+        self._stage.restart(generation)
 
     @ray.method(concurrency_group=HEALTH)
     def status(self) -> StageStatus:
@@ -104,8 +127,17 @@ class StageActor:
         return self._status
 
     @ray.method(concurrency_group=HEALTH)
+    def pulse(self) -> Pulse:
+        """Answers at once, whatever the stage is doing."""
+        began = self._step_began
+        return Pulse(0.0 if began is None else time.monotonic() - began, self._totals())
+
+    @ray.method(concurrency_group=HEALTH)
     def totals(self) -> StageTotals:
         """What its steps took so far."""
+        return self._totals()
+
+    def _totals(self) -> StageTotals:
         return StageTotals() if self._stage is None else self._stage.times.totals
 
     @ray.method(concurrency_group=HEALTH)

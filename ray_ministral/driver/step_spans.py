@@ -22,11 +22,7 @@ class StepSpans:
 
     def __init__(self, trace: Trace, replicas: Sequence[Pipeline]) -> None:
         self._trace = trace
-        self._actors = {
-            (replica, stage): actor
-            for replica, pipeline in enumerate(replicas)
-            for stage, actor in enumerate(pipeline.actors)
-        }
+        self._replicas = list(replicas)
         self._asked: dict[Any, tuple[int, int]] = {}
         self._due = time.monotonic() + TAKE_EVERY_S
 
@@ -37,19 +33,24 @@ class StepSpans:
         self._due = time.monotonic() + TAKE_EVERY_S
         self._collect(0)
         waiting = set(self._asked.values())
-        for place in self._actors.keys() - waiting:
+        for place in self._places() - waiting:
             self._ask(place)
 
     def finish(self) -> None:
         """Write all the rest, of stages that answer within a few seconds. Never raises."""
         if self._trace.is_on:
             with suppress(Exception):
-                for place in self._actors:
+                for place in self._places():
                     self._ask(place)
                 self._collect(FINISH_TIMEOUT_S)
 
+    def _places(self) -> set[tuple[int, int]]:
+        """Each stage of each replica; who plays it may change."""
+        return {(i, stage) for i, pipeline in enumerate(self._replicas) for stage in range(pipeline.num_stages)}
+
     def _ask(self, place: tuple[int, int]) -> None:
-        self._asked[self._actors[place].take_spans.remote()] = place
+        replica, stage = place
+        self._asked[self._replicas[replica].actors[stage].take_spans.remote()] = place
 
     def _collect(self, timeout_s: float) -> None:
         if not self._asked:

@@ -29,7 +29,9 @@ class CaptionSummary:
         stages, replicas: of the pipeline as it was at the end.
         stage_busy: for each stage the fraction of that time, 0 to 1, in which it was in a step; over the replicas, the
             mean.
-        recoveries: how often a pipeline was rebuilt.
+        recoveries: how often a replica has worked again after it had lost stages.
+        recovery_seconds: from the death until then, summed.
+        recomputed_tokens: what rows had when they lost their place, and was fed once more.
         output: the output folder.
         status_counts: rows of each `status`.
         startup: what start-up was spent on, in seconds, in order.
@@ -66,6 +68,8 @@ class CaptionSummary:
     layers_per_stage: list[int] = field(default_factory=list)
     estimated_share: list[float] = field(default_factory=list)
     split_by: str = ""
+    recovery_seconds: float = 0.0
+    recomputed_tokens: int = 0
 
     def __post_init__(self) -> None:
         # The summary is what people believe: better no summary than one that does not add up.

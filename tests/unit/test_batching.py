@@ -11,6 +11,7 @@ import pytest
 
 from ray_ministral.captioning.batching import WAITING_BYTES, BatchScheduler, Launch, Request, microbatches_for
 from ray_ministral.captioning.plan import StepPlan, in_blocks
+from ray_ministral.captioning.suspects import Suspects
 
 STOP = 0
 
@@ -44,6 +45,7 @@ class Machine:
     slots: dict[int, dict[int, int]] = field(default_factory=dict)  # microbatch -> slot -> key
     held: dict[int, int] = field(default_factory=dict)  # key -> tokens in the cache
     said: dict[int, list[int]] = field(default_factory=dict)
+    generation: int = 0
 
     def run(self, launch: Launch, chance: random.Random, stop_rate: float) -> np.ndarray:
         plan = launch.plan
@@ -60,7 +62,8 @@ class Machine:
             assert (piece.slot, piece.start, piece.completes) == (plan.num_decode + number, 0, True)
             key = int(plan.sample_keys[plan.num_decode + number])
             request = self.requests[key]
-            np.testing.assert_array_equal(plan.token_ids[start : start + piece.length], request.token_ids)
+            np.testing.assert_array_equal(plan.token_ids[start : start + piece.length], request.known_ids)
+            assert request.known_ids.tolist() == [*request.token_ids, *self.said.get(key, [])], "it goes on"
             start += piece.length
             if request.pixels is None:
                 assert piece.images == ()
@@ -69,7 +72,7 @@ class Machine:
                 assert (launch.blocks[block], row) == request.pixels
             slots[piece.slot] = key
             self.held[key] = piece.length
-            self.said[key] = []
+            self.said.setdefault(key, [])
         assert start == len(plan.token_ids) == sum(plan.lengths()) == len(plan.positions())
         self._check_limits(launch)
         tokens = [STOP if chance.random() < stop_rate else chance.randint(1, 99) for _ in plan.sample_keys]
@@ -92,16 +95,16 @@ class Machine:
         assert sum(reserved) <= self.limits["kv_tokens_per_microbatch"] or len(keys) == 1
         assert all(self.held[key] <= self.requests[key].kv_tokens for key in keys)
         assert len(plan.token_ids) <= self.limits["tokens_per_step"] or len(plan.prefills) <= 1
-        if any(self.requests[key].alone for key in keys):
-            assert len(keys) == 1
+        assert plan.generation == self.generation
+        assert len({self.requests[key].group for key in keys}) == 1, "a group is among itself"
         used = {block for piece in plan.prefills for block, _ in piece.images}
         assert used == set(range(len(launch.blocks)))
         assert len(set(launch.blocks)) == len(launch.blocks)
 
 
-@pytest.mark.parametrize("fail_rate", [0.0, 0.1])
+@pytest.mark.parametrize(("fail_rate", "death_rate"), [(0.0, 0.0), (0.1, 0.0), (0.05, 0.05)])
 @pytest.mark.parametrize("seed", range(25))
-def test_any_order_of_events(seed: int, fail_rate: float) -> None:
+def test_any_order_of_events(seed: int, fail_rate: float, death_rate: float) -> None:
     chance = random.Random(seed)
     limits = {
         "microbatches": chance.randint(1, 5),
@@ -126,6 +129,7 @@ def test_any_order_of_events(seed: int, fail_rate: float) -> None:
     reasons: dict[int, str] = {}
     given_up: list[int] = []
     admitted: list[int] = []
+    suspects = Suspects()
     while coming or not scheduler.idle:
         for _ in range(chance.randint(0, 5)):
             if coming:
@@ -138,24 +142,34 @@ def test_any_order_of_events(seed: int, fail_rate: float) -> None:
         assert len(busy) == len(in_flight), "one step of a microbatch at a time"
         rows = scheduler.active + len(scheduler.waiting)
         wanted = microbatches_for(rows, limits["microbatches"], limits["rows_per_microbatch"])
-        assert not scheduler.waiting or len(busy) >= wanted, "rows wait beside an idle microbatch"
+        if not any(request.exclusive for request in requests.values()):
+            assert not scheduler.waiting or len(busy) >= wanted, "rows wait beside an idle microbatch"
+        if any(requests[key].exclusive for launch in in_flight for key in launch.plan.sample_keys.tolist()):
+            assert len(in_flight) == 1, "nothing runs beside it"
         assert not scheduler.launches(), "nothing has changed since"
         if not in_flight:
             continue
         launch = in_flight.pop(chance.randrange(len(in_flight)))
         if chance.random() < fail_rate:
-            slots = machine.slots.pop(launch.plan.microbatch, {})
             lost = scheduler.fail(launch.plan)
             assert [request.key for request in lost] == launch.plan.sample_keys.tolist()
-            assert {slots.get(slot) for slot in range(launch.plan.num_decode)} <= {*slots.values(), None}
-            for request in lost:
-                assert request.generated == []
-                if request.attempts == 3:
-                    given_up.append(request.key)
-                    continue
-                request.attempts += 1
-                request.alone = True
-                scheduler.add(request)
+            verdict = suspects.after_error(lost)
+            scheduler.add_first(verdict.again)
+            given_up += [request.key for request in verdict.given_up]
+            continue
+        if chance.random() < death_rate:
+            machine.generation += 1
+            held = scheduler.active + len(scheduler.waiting)
+            lost, others = scheduler.reset(machine.generation)
+            assert len(lost) + len(others) == held
+            assert scheduler.idle
+            flying = [launch, *in_flight]
+            in_flight = []
+            assert sorted(r.key for r in lost) == sorted(key for f in flying for key in f.plan.sample_keys.tolist())
+            verdict = suspects.after_death(lost, others)
+            assert len(verdict.again) + len(verdict.given_up) == held
+            scheduler.add_first(verdict.again)
+            given_up += [request.key for request in verdict.given_up]
             continue
         tokens = machine.run(launch, chance, stop_rate)
         for finished in scheduler.complete(launch.plan, tokens):
@@ -171,7 +185,7 @@ def test_any_order_of_events(seed: int, fail_rate: float) -> None:
         assert STOP not in said[:-1]
         assert reason == ("stop" if said[-1] == STOP else "length")
         assert len(said) == most or (reason == "stop" and len(said) < most)
-    if not fail_rate:
+    if not fail_rate and not death_rate:
         assert not given_up
         assert admitted == sorted(admitted), "first come, first served"
 
@@ -290,7 +304,7 @@ def test_the_last_rows_move_into_the_holes() -> None:
 def test_one_row_alone() -> None:
     scheduler = make_scheduler(microbatches=2)
     for key in range(3):
-        scheduler.add(make_request(key, alone=key == 0))
+        scheduler.add(make_request(key, group=1 if key == 0 else None))
     first, second = scheduler.launches()
     assert first.plan.sample_keys.tolist() == [0]
     assert second.plan.sample_keys.tolist() == [1, 2]
@@ -303,7 +317,7 @@ def test_a_row_alone_waits_for_an_empty_microbatch() -> None:
     scheduler = make_scheduler(microbatches=1)
     scheduler.add(make_request(0, new=2))
     finish(scheduler, scheduler.launches()[0])
-    scheduler.add(make_request(1, alone=True))
+    scheduler.add(make_request(1, group=1))
     launch = scheduler.launches()[0]
     assert launch.plan.sample_keys.tolist() == [0]
     assert finish(scheduler, launch) == [0]
@@ -318,8 +332,12 @@ def test_a_failed_step_gives_its_rows_back() -> None:
     scheduler.add(make_request(2))
     launch = scheduler.launches()[0]
     lost = scheduler.fail(launch.plan)
-    assert [(request.key, request.generated) for request in lost] == [(0, []), (1, []), (2, [])]
+    assert [(request.key, request.generated) for request in lost] == [(0, [7]), (1, [7]), (2, [])]
     assert scheduler.idle
+    scheduler.add_first(lost)
+    again = scheduler.launches()[0].plan
+    assert [piece.length for piece in again.prefills] == [6, 6, 5], "what was said is fed, and not said again"
+    assert again.sample_positions.tolist() == [6, 6, 5]
     with pytest.raises(AssertionError, match="not the one in flight"):
         scheduler.complete(launch.plan, np.zeros(3, np.int32))
 

@@ -1,0 +1,85 @@
+"""`Recovery`: a replica on its way to work. Stages that were lost get another actor, which reads their weights; the
+others forget their sequences. Waits for nothing: it is polled, and the replicas beside it go on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from ray_ministral.driver.pipeline import Pipeline, describe_error, raise_if_ours, root_cause
+from ray_ministral.driver.spares import Spares
+from ray_ministral.errors import ClusterError, StageDiedError
+
+Arguments = Sequence[tuple[Any, ...]]
+"""What the actor of each stage loads, first to last, without the generation."""
+
+
+class Recovery:
+    """Of one replica. `lost` stages get another actor; with None, all are new and only have to load."""
+
+    def __init__(
+        self, pipeline: Pipeline, arguments: Arguments, spares: Spares, *, lost: Collection[int] | None = None
+    ) -> None:
+        self._pipeline, self._arguments, self._spares = pipeline, arguments, spares
+        self.began = time.monotonic()
+        self.waitables: dict[Any, int] = {}
+        """What each stage has been asked for."""
+        for stage, actor in enumerate(pipeline.actors):
+            if lost is None:
+                self._load(stage)
+            elif stage in lost:
+                self.replace(stage)
+            else:
+                self.waitables[actor.restart.remote(pipeline.generation)] = stage
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all stages are ready."""
+        return not self.waitables
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.monotonic() - self.began
+
+    def replace(self, stage: int) -> None:
+        """Another actor for a stage: a spare where there is one, else a new one, when there is room."""
+        self.waitables = {reference: other for reference, other in self.waitables.items() if other != stage}
+        if not self._spares.stand_in(self._pipeline, stage):
+            self._pipeline.replace(stage)
+        self._load(stage)
+
+    def poll(self) -> dict[int, StageDiedError]:
+        """The stages that have died since the last call. Raises what is wrong with the model or the package."""
+        dead: dict[int, StageDiedError] = {}
+        ready, _ = ray.wait(list(self.waitables), num_returns=len(self.waitables), timeout=0)
+        for reference in ready:
+            stage = self.waitables.pop(reference)
+            try:
+                report = ray.get(reference)
+            except RayError as error:
+                dead[stage] = self._death(stage, error)
+            else:
+                if report is not None:
+                    self._pipeline.loaded[stage] = report
+        return dead
+
+    def _load(self, stage: int) -> None:
+        actor = self._pipeline.actors[stage]
+        self.waitables[actor.load.remote(*self._arguments[stage], self._pipeline.generation)] = stage
+
+    def _death(self, stage: int, error: RayError) -> StageDiedError:
+        """What a stage died of. Raises what is no death."""
+        cause = root_cause(error)
+        if isinstance(cause, RayActorError):
+            return self._pipeline.death(cause)
+        raise_if_ours(error)
+        if isinstance(error, RayTaskError):
+            raise StageDiedError(
+                f"{self._pipeline.name}: stage {stage} cannot load: {describe_error(error)}"
+            ) from error
+        raise ClusterError(f"{self._pipeline.name}: stage {stage} was lost: {describe_error(error)}") from error

@@ -1,0 +1,94 @@
+"""`Watch`: asks the stages for their pulse, all along: tells one that is slow from one that hangs.
+
+A stage answers in a thread of its own, whatever it computes. So one that has answered before, and does not for
+`health_timeout_s`, is stopped or cut off; one that answers, but has been in one step for longer than `step_timeout_s`,
+never comes out of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from ray_ministral.captioning.step_times import StageTotals
+from ray_ministral.config import PipelineConfig
+from ray_ministral.driver.pipeline import Pipeline
+from ray_ministral.driver.stage_actor import Pulse
+
+ASK_EVERY_S = 2.0
+
+
+@dataclass(eq=False)
+class _Patient:
+    """An actor that is asked: when, and what it answered last (None before its first answer)."""
+
+    actor: Any
+    asked: Any = None
+    asked_at: float = 0.0
+    pulse: Pulse | None = None
+
+
+@dataclass(frozen=True)
+class Hanging:
+    """A stage that hangs, and how that shows."""
+
+    pipeline: Pipeline
+    stage: int
+    why: str
+
+
+class Watch:
+    """Of the stages of all replicas."""
+
+    def __init__(self, config: PipelineConfig) -> None:
+        self._health_timeout_s, self._step_timeout_s = config.health_timeout_s, config.step_timeout_s
+        self._patients: dict[tuple[str, int], _Patient] = {}
+
+    def poll(self, pipelines: Sequence[Pipeline]) -> list[Hanging]:
+        """Take what has come, ask anew; the stages that hang. Waits for nothing."""
+        return [Hanging(pipeline, stage, why) for pipeline in pipelines for stage, why in self._poll_pipeline(pipeline)]
+
+    def totals(self, pipeline: Pipeline, stage: int) -> StageTotals:
+        """Of the actor that was there last, as it said last."""
+        patient = self._patients.get((pipeline.name, stage))
+        return StageTotals() if patient is None or patient.pulse is None else patient.pulse.totals
+
+    def _poll_pipeline(self, pipeline: Pipeline) -> Iterator[tuple[int, str]]:
+        now = time.monotonic()
+        for stage, actor in enumerate(pipeline.actors):
+            key = pipeline.name, stage
+            patient = self._patients.get(key)
+            if patient is None or patient.actor is not actor:
+                patient = self._patients[key] = _Patient(actor)
+            if patient.asked is not None and _is_ready(patient.asked):
+                patient.pulse = _answer(patient.asked) or patient.pulse
+                patient.asked = None
+            if patient.asked is None and now - patient.asked_at >= ASK_EVERY_S:
+                patient.asked, patient.asked_at = actor.pulse.remote(), now
+            if patient.pulse is None:
+                continue
+            silent = now - patient.asked_at if patient.asked is not None else 0.0
+            if silent > self._health_timeout_s:
+                yield stage, f"has not answered for {silent:.0f} s (health_timeout_s is {self._health_timeout_s:g})"
+            elif patient.pulse.step_seconds > self._step_timeout_s:
+                step = patient.pulse.step_seconds
+                limit = f"{self._step_timeout_s:g}; raise it if a step can take so long"
+                yield stage, f"has been in one step for {step:.0f} s (step_timeout_s is {limit})"
+
+
+def _is_ready(reference: Any) -> bool:
+    ready, _ = ray.wait([reference], timeout=0)
+    return bool(ready)
+
+
+def _answer(reference: Any) -> Pulse | None:
+    try:
+        pulse: Pulse = ray.get(reference)
+    except RayError:
+        return None  # a dead one: its steps or its load say so
+    return pulse

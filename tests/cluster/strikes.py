@@ -1,0 +1,82 @@
+"""Actor classes whose stages are struck at a certain moment, a certain number of times; shared by tests of faults."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from ray_ministral.config import StageOptions
+from ray_ministral.driver.stage_actor import HEALTH, StageActor
+
+
+def remote(kind: type[StageActor]) -> Any:
+    """As `stage_actor_class` does it."""
+    make: Any = ray.remote
+    return make(max_restarts=0, max_task_retries=0, concurrency_groups={HEALTH: 1})(kind)
+
+
+def kill_oneself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop_oneself() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@dataclass(frozen=True)
+class Strike:
+    """What happens to the stage that begins at decoder layer `layer`, the first `times` times that `at` is reached.
+
+    at: load; prefill or decode (a step with or without prompts, from the third on); restart (after another one died).
+    marks: a folder that counts the strikes, with the pid of the process each.
+    """
+
+    marks: Path
+    at: str
+    first: bool | None
+    times: int = 1
+    strike: Callable[[], None] = kill_oneself
+
+    def fall(self, at: str, spec: Any) -> None:
+        """Strike where it is time. A stage is told by whether it is the first or the last; None: neither."""
+        mine = not (spec.is_first or spec.is_last) if self.first is None else spec.is_first is self.first
+        if at != self.at or not mine or (self.first is False and not spec.is_last):
+            return
+        done = len(list(self.marks.iterdir()))
+        if done < self.times:
+            (self.marks / str(done)).write_text(f"{os.getpid()} {time.time()}")
+            self.strike()
+
+
+def struck(*strikes: Strike) -> Any:
+    """An actor class with these strikes."""
+
+    class Struck(StageActor):
+        def _fall(self, at: str) -> None:
+            for strike in strikes:
+                strike.fall(at, self._spec)
+
+        def load(self, options: StageOptions, *others: Any) -> Any:
+            self._spec = options.spec
+            self._fall("load")
+            report = super().load(options, *others)
+            self._fall("loaded")
+            return report
+
+        def restart(self, generation: int) -> None:
+            self._fall("restart")
+            super().restart(generation)
+
+        def step(self, plan: Any, hidden: Any, *blocks: Any) -> Any:
+            if plan.step >= 3:
+                self._fall("prefill" if plan.prefills else "decode")
+            return super().step(plan, hidden, *blocks)
+
+    return remote(Struck)
