@@ -11,7 +11,7 @@ CAPTION_OUTPUT := out/caption
 TRAIN_OUTPUT := out/train
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-vllm lock caption train model test test-all check format bench bench-load bench-train \
+.PHONY: help venv venv-vllm lock caption train model test test-all chaos soak check format bench bench-load bench-train \
 	bench-caption clean
 
 help:  ## list the targets
@@ -58,8 +58,15 @@ model: venv  ## make the small model anew with the training job: pictures, train
 test: venv  ## run the tests, but those marked slow
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
-test-all: venv  ## run all tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test-all: venv  ## run all tests, but make soak's
+	$(BIN)/python -m pytest -m "not soak" $(PYTEST_ARGS)
+
+chaos: venv  ## kill stages, workers, drivers and nodes under running jobs
+	$(BIN)/python -m pytest -m "not soak" tests/cluster/test_replacement.py tests/cluster/test_chaos.py \
+		tests/cluster/test_faults.py tests/cluster/test_command.py $(PYTEST_ARGS)
+
+soak: venv  ## hundreds of random kills under one job, up to 25 minutes
+	$(BIN)/python -m pytest -s -m soak tests/cluster $(PYTEST_ARGS)
 
 check: venv  ## lint, formatting, types
 	$(BIN)/ruff check .

@@ -50,6 +50,8 @@ def connected(address: str, pipeline: PipelineConfig) -> Iterator[None]:
     bound to the loopback interface. Anything else is an address. A cluster that the caller has joined is used and left
     as it is. Raises `ClusterError` where the cluster does not answer.
     """
+    # Of one death there are many errors, and Ray prints all that nobody asks for, pages of them: we say it once.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     if ray.is_initialized():
         yield
         return

@@ -26,6 +26,7 @@ class Recovery:
     ) -> None:
         self._pipeline, self._arguments, self._spares = pipeline, arguments, spares
         self.began = time.monotonic()
+        self._survivors: set[Any] = set()
         self.waitables: dict[Any, int] = {}
         """What each stage has been asked for."""
         for stage, actor in enumerate(pipeline.actors):
@@ -34,7 +35,9 @@ class Recovery:
             elif stage in lost:
                 self.replace(stage)
             else:
-                self.waitables[actor.restart.remote(pipeline.generation)] = stage
+                reference = actor.restart.remote(pipeline.generation)
+                self.waitables[reference] = stage
+                self._survivors.add(reference)
 
     @property
     def is_done(self) -> bool:
@@ -67,6 +70,12 @@ class Recovery:
                 if report is not None:
                     self._pipeline.loaded[stage] = report
         return dead
+
+    def stuck(self, timeout_s: float) -> list[int]:
+        """Stages that were to forget their sequences, and have not come to it for so long."""
+        if self.seconds <= timeout_s:
+            return []
+        return [stage for reference, stage in self.waitables.items() if reference in self._survivors]
 
     def _load(self, stage: int) -> None:
         actor = self._pipeline.actors[stage]

@@ -84,10 +84,8 @@ class Supervisor:
     def poll(self) -> None:
         """Go on with what recovers; find what hangs. Waits for nothing. Raises `ClusterError` when nothing is left."""
         for hanging in self._watch.poll([replica.pipeline for replica in self.replicas]):
-            replica = next(replica for replica in self.replicas if replica.pipeline is hanging.pipeline)
-            error = StageDiedError(f"stage {hanging.stage} of {hanging.pipeline.name} {hanging.why}; it was ended")
-            replica.pipeline.end_hanging(hanging.stage)
-            self._stage_died(replica, hanging.stage, error)
+            for replica in [replica for replica in self.replicas if replica.pipeline is hanging.pipeline]:
+                self._hangs(replica, hanging.stage, hanging.why)
         for replica in list(self.replicas):
             if replica.recovery is not None:
                 self._poll_recovery(replica, replica.recovery)
@@ -98,9 +96,16 @@ class Supervisor:
             return  # one death, many errors
         self._stage_died(replica, replica.pipeline.stage_of(error), replica.pipeline.death(error))
 
+    def _hangs(self, replica: Replica, stage: int, why: str) -> None:
+        replica.pipeline.end_hanging(stage)
+        error = StageDiedError(f"stage {stage} of {replica.pipeline.name} {why}; it was ended")
+        self._stage_died(replica, stage, error)
+
     def _poll_recovery(self, replica: Replica, recovery: Recovery) -> None:
         for stage, error in recovery.poll().items():
             self._stage_died(replica, stage, error)
+        for stage in recovery.stuck(self._config.step_timeout_s):
+            self._hangs(replica, stage, f"was in a step for {recovery.seconds:.0f} s after another stage had died")
         if replica.recovery is recovery and recovery.is_done:
             replica.recovery = None
             if replica.deaths:

@@ -1,6 +1,6 @@
 """`Watch`: asks the stages for their pulse, all along: tells one that is slow from one that hangs.
 
-A stage answers in a thread of its own, whatever it computes. So one that has answered before, and does not for
+A stage answers in a thread of its own, whatever it computes. So one that has started, and does not answer for
 `health_timeout_s`, is stopped or cut off; one that answers, but has been in one step for longer than `step_timeout_s`,
 never comes out of it.
 """
@@ -70,12 +70,12 @@ class Watch:
                 patient.asked = None
             if patient.asked is None and now - patient.asked_at >= ASK_EVERY_S:
                 patient.asked, patient.asked_at = actor.pulse.remote(), now
-            if patient.pulse is None:
-                continue
+            if patient.pulse is None and not _is_ready(pipeline.warm_ups[stage]):
+                continue  # it may be waiting for room, or importing
             silent = now - patient.asked_at if patient.asked is not None else 0.0
             if silent > self._health_timeout_s:
                 yield stage, f"has not answered for {silent:.0f} s (health_timeout_s is {self._health_timeout_s:g})"
-            elif patient.pulse.step_seconds > self._step_timeout_s:
+            elif patient.pulse is not None and patient.pulse.step_seconds > self._step_timeout_s:
                 step = patient.pulse.step_seconds
                 limit = f"{self._step_timeout_s:g}; raise it if a step can take so long"
                 yield stage, f"has been in one step for {step:.0f} s (step_timeout_s is {limit})"

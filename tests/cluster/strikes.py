@@ -34,7 +34,8 @@ def stop_oneself() -> None:
 class Strike:
     """What happens to the stage that begins at decoder layer `layer`, the first `times` times that `at` is reached.
 
-    at: load; prefill or decode (a step with or without prompts, from the third on); restart (after another one died).
+    at: load; prefill or decode (a step with or without prompts, from the third on); call (of a step, before the stage
+    knows of it); restart (after another one died).
     marks: a folder that counts the strikes, with the pid of the process each.
     """
 
@@ -67,7 +68,15 @@ def struck(*strikes: Strike) -> Any:
             self._spec = options.spec
             self._fall("load")
             report = super().load(options, *others)
-            self._fall("loaded")
+            assert self._stage is not None
+            step = self._stage.step
+
+            def struck_step(plan: Any, *rest: Any) -> Any:
+                if plan.step >= 3:
+                    self._fall("prefill" if plan.prefills else "decode")
+                return step(plan, *rest)
+
+            self._stage.step = struck_step  # type: ignore[method-assign]
             return report
 
         def restart(self, generation: int) -> None:
@@ -76,7 +85,7 @@ def struck(*strikes: Strike) -> Any:
 
         def step(self, plan: Any, hidden: Any, *blocks: Any) -> Any:
             if plan.step >= 3:
-                self._fall("prefill" if plan.prefills else "decode")
+                self._fall("call")
             return super().step(plan, hidden, *blocks)
 
     return remote(Struck)

@@ -30,7 +30,7 @@ try:
     captioner = Captioner(make_config(model, source, output, stages=2, placement_timeout_s=60.0))
     summary = captioner.run()
     (replica,) = captioner._replicas
-    print(json.dumps({"ok": summary.ok, "nodes": [report.node_id for report in replica.pipeline.reports]}))
+    print(json.dumps({"ok": summary.ok, "nodes": [report.node_id for report in replica.pipeline.loaded.values()]}))
 finally:
     ray.shutdown()
     cluster.shutdown()
@@ -56,7 +56,7 @@ print(json.dumps(seen))
 """
 
 
-def run_program(program: str, *arguments: Path) -> str:
+def run_program(program: str, *arguments: Path | str) -> str:
     """The last line that a program prints."""
     command = [sys.executable, "-c", program, *map(str, arguments)]
     with started(command, PYTHONPATH=str(ROOT)) as run:

@@ -142,6 +142,14 @@ def test_a_stage_that_never_comes_out_of_a_step_is_replaced(
     wait_for(lambda: not is_alive(pid), 15, lambda: "the stage is still in its step")
 
 
+def test_a_step_that_nobody_accounts_for_ends_the_job(model: Path, pictures: Path, tmp_path: Path, marks: Path) -> None:
+    """All stages answer, none is in a step, and the step does not come back."""
+    actor = struck(Strike(marks, "call", True, strike=lambda: time.sleep(1000)))
+    config = make_config(model, pictures, tmp_path / "out", stages=2, step_timeout_s=4.0, health_timeout_s=2.0)
+    with pytest.raises(ClusterError, match=r"nothing has come back for .* though all stages answer; under way: . step"):
+        caption(config, stage_actor=actor)
+
+
 def test_a_slow_stage_is_left_alone(
     expected: list[dict[str, Any]], model: Path, pictures: Path, tmp_path: Path
 ) -> None:
