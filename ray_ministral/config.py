@@ -5,6 +5,7 @@ They know nothing of torch, Ray or files; `jobs/` makes them from the command li
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -121,6 +122,7 @@ class PromptConfig:
 
 
 _SPARE_BYTES = 3 << 29
+"""See `ImageLimits.decode_bytes`."""
 
 
 @dataclass(frozen=True)
