@@ -16,6 +16,7 @@ _STATM = "/proc/self/statm"
 _DATA_FIELD = 5
 """proc(5): pages of data and stack, which is what RLIMIT_DATA counts, and the stack."""
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_FIRST_LIMIT, _ = resource.getrlimit(resource.RLIMIT_DATA)
 
 
 @contextmanager
@@ -55,6 +56,12 @@ def deadline(seconds: float) -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def lift_limits() -> None:
+    """Take away what a limit left behind that was interrupted (a task that is cancelled is, anywhere)."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    resource.setrlimit(resource.RLIMIT_DATA, (_FIRST_LIMIT, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 def _data_bytes() -> int | None:

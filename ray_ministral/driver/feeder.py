@@ -107,10 +107,11 @@ class Feeder:
             self._units.append(_Unit(shards, preparation, shards[0].start, suspect, _Life(preparation.generator)))
 
     def close(self) -> None:
-        """Stop what is under way. Never raises."""
-        self._cancel(force=False)
+        """Stop what is under way, also workers that do not answer. Never raises."""
+        self._cancel(force=True)
 
     def _cancel(self, *, force: bool) -> None:
+        """With `force` the workers end; without it those that are well stop their task and are used again."""
         for unit in self._units:
             with suppress(RayError):
                 ray.cancel(unit.generator, force=force)
@@ -191,7 +192,8 @@ class Feeder:
         logger.warning("the worker at %s has said nothing for %.0f s: giving it up", self.under_way()[0], silent_s)
         with suppress(RayError):
             ray.cancel(unit.generator, force=True)
-        self._retry(unit, f"the worker that prepared this row said nothing for {silent_s:.0f} s and was given up")
+        reason = f"the worker that prepared this row said nothing for {silent_s:.0f} s and was given up"
+        self._retry(unit, reason, force=True)
         return True
 
     def _advance(self, unit: _Unit, chunk: PreparedChunk) -> None:
@@ -203,11 +205,11 @@ class Feeder:
         if unit.shards:
             unit.row = max(unit.row, unit.shards[0].start)
 
-    def _retry(self, unit: _Unit, reason: str) -> None:
+    def _retry(self, unit: _Unit, reason: str, *, force: bool = False) -> None:
         """The unit's worker died, or was given up. A suspect row becomes an error, which is `_ready` then.
 
         Else each of the rows that can have been in the chunk under way is tried alone; those after them stay together,
-        since a unit of one row reads the row group from its start.
+        since a unit of one row reads the row group from its start. `force`: the workers of later units may not answer.
         """
         self._units.popleft()
         if not unit.shards:  # it died after its last row
@@ -228,7 +230,7 @@ class Feeder:
         )
         # Units already under way come after these rows; they are started again later, in order.
         later = [(waiting.shards, waiting.suspect) for waiting in self._units]
-        self._cancel(force=True)
+        self._cancel(force=force)
         suspects, rest = _singled_out([shard, *unit.shards[1:]], CHUNK_ROWS)
         again = [*(([suspect], True) for suspect in suspects), *([(rest, False)] if rest else []), *later]
         self._todo.extendleft(reversed(again))

@@ -17,6 +17,7 @@ import ray
 from ray_ministral.captioning.prepare import RowPreparer
 from ray_ministral.captioning.request import Pixels, PreparedChunk, RowResult
 from ray_ministral.config import ImageLimits, PromptConfig
+from ray_ministral.data.limits import lift_limits
 from ray_ministral.data.parts import PartInfo, read_own_columns, write_part
 from ray_ministral.data.shards import Shard
 from ray_ministral.errors import InputError
@@ -49,6 +50,7 @@ def prepare(
     A row that takes longer than `images.deadline_s` ends the worker. Limits on memory hold while a batch is read and
     while a row is prepared, and are gone before anything is yielded: a worker writes parts and runs other tasks, too.
     """
+    lift_limits()
     made = _preparer(model_dir, prompt, images, max_prompt_tokens, limit_column).chunks(shards)
     while True:
         started, begun = time.time(), time.perf_counter()
@@ -73,6 +75,7 @@ def write(
 
     With `keep_others` the part is there already, and rows without a new result keep the one that they have.
     """
+    lift_limits()  # of a preparing task that was cancelled in this worker
     if keep_others:
         results = _merged(output, shard.part_name, results)
     return write_part(shard, results, output=output, carried_columns=carried_columns, with_token_ids=with_token_ids)
