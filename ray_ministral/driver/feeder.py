@@ -3,8 +3,8 @@
 A unit is a run of shards of one row group: it is read once, by one task. A few units are under way at a time, each
 stopped by Ray when what it has made is not taken. If a preparing worker dies (a decoder that crashes, memory, a row's
 deadline) or is given up by `restart_stuck`, the rows that it was at are prepared again one by one, so that the row at
-fault stands alone and becomes an error of its own. Nothing here waits for a worker: one that was stopped between a chunk
-and its pixels must not stop the driver.
+fault stands alone and becomes an error of its own. `take` waits for no worker: one that was stopped between a chunk and
+its pixels must not stop the driver.
 """
 
 from __future__ import annotations

@@ -128,8 +128,8 @@ def deadly_decoder(data: bytes) -> None:
     """What a decoder of `data` does before it decodes: mostly nothing."""
     if data == DEADLY["eats"]:
         eaten = []
-        while len(eaten) < 2048:  # 32 GiB in all, of addresses: nothing is written to them
-            eaten.append(bytearray(16 << 20))
+        while len(eaten) < 512:  # 32 GiB in all, of addresses: nothing is written to them
+            eaten.append(np.empty(64 << 20, np.uint8))
     elif data == DEADLY["never ends"]:
         ray.wait([ray.ObjectRef.from_random()], timeout=600)  # without the GIL, in C++
     elif data == DEADLY["holds the GIL"]:
