@@ -145,8 +145,8 @@ class RowPreparer:
         """What a row that took all the memory it may have is: too large, and so it will be the next time."""
         limit = self._limits.decode_bytes >> 20
         return TooLargeError(
-            f"preparing this row takes more than {limit} MiB of memory ({str(error) or 'MemoryError'}): make its images "
-            "smaller, or raise --max-image-pixels, which the limit follows",
+            f"preparing this row takes more than {limit} MiB of memory ({str(error) or 'MemoryError'}): make its "
+            "images smaller, or raise --max-image-pixels, which the limit follows",
             stage=stage,
         )
 

@@ -110,8 +110,8 @@ def _reading(shard: Shard) -> Iterator[None]:
 def _too_large(shard: Shard, reason: str) -> InputError:
     return InputError(
         f"{shard.file}: row group {shard.row_group} takes more than {READ_BYTES >> 20} MiB of memory to read "
-        f"({reason}): write it with smaller pages (pyarrow: a lower write_batch_size and data_page_size) and values, leave large "
-        "columns out with --columns, lower --rows-per-shard, or take it out of the input"
+        f"({reason}): write it with smaller pages (pyarrow: a lower write_batch_size and data_page_size) and values, "
+        "leave large columns out with --columns, lower --rows-per-shard, or take it out of the input"
     )
 
 
