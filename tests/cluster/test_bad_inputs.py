@@ -219,7 +219,8 @@ def stopping_prepare(pid_file: Path, *, at: int, between: bool) -> Callable[[Seq
     @ray.remote(num_cpus=0, num_returns="streaming", max_retries=0)
     def prepare(shards: Sequence[Shard]) -> Iterator[Any]:
         def stop_once(row: int) -> None:
-            if row == at and not pid_file.exists():
+            # of the first shard only: another worker is at the next one at the same time
+            if shards[0].index == 0 and row == at and not pid_file.exists():
                 time.sleep(0.5)  # what was yielded has arrived by then
                 pid_file.write_text(str(os.getpid()))
                 os.kill(os.getpid(), signal.SIGSTOP)
