@@ -5,6 +5,7 @@ They know nothing of torch, Ray or files; `jobs/` makes them from the command li
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -120,18 +121,39 @@ class PromptConfig:
         return DEFAULT_PROMPT if self.prompt is None else self.prompt
 
 
+_SPARE_BYTES = 3 << 29
+"""See `ImageLimits.decode_bytes`."""
+
+
 @dataclass(frozen=True)
 class ImageLimits:
-    """What is refused from an image's header alone, before anything is decoded."""
+    """What is refused from an image's header alone, before anything is decoded, and what decoding may take.
+
+    A row that takes longer than `deadline_s` seconds, from its prompt to its pixels and tokens, is given up.
+    """
 
     max_pixels: int = 64_000_000
     max_side: int = 32_768
     max_aspect: float = 200.0
+    deadline_s: float = 60.0
 
     def __post_init__(self) -> None:
         _require(self.max_pixels >= 1, f"--max-image-pixels must be at least 1, got {self.max_pixels}")
         _require(self.max_side >= 1, f"max_side must be at least 1, got {self.max_side}")
         _require(self.max_aspect >= 1, f"max_aspect must be at least 1, got {self.max_aspect}")
+        _require(
+            0 < self.deadline_s < math.inf,
+            f"deadline_s must be a number of seconds above 0, got {self.deadline_s}; a day is 86400",
+        )
+
+    @property
+    def decode_bytes(self) -> int:
+        """Memory that one row's images may take beside what the process has already.
+
+        14 bytes a pixel were measured; the rest is room for the row's encoded bytes, its pixels once resized, and
+        allocators, which take memory by the gigabyte (Arrow's does) and do not give all of it back.
+        """
+        return 16 * self.max_pixels + _SPARE_BYTES
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class BadImageError(RowError):
 
 
 class TooLargeError(RowError):
-    """An image above the pixel, side or aspect limit, known from its header."""
+    """An image above the pixel, side or aspect limit, known from its header, or above the limit on memory."""
 
     status = "too_large"
 

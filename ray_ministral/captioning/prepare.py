@@ -2,7 +2,7 @@
 
 Whatever goes wrong with one row stays with that row, as its `failure`. What goes wrong with a file or the model
 directory is raised. Plain generators that know nothing of Ray; a Ray task runs them, so that neither a decoder's crash
-nor its memory is the driver's.
+nor its memory is the driver's. They end the process that runs them where a row takes longer than its deadline.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from ray_ministral.captioning.prompts import PromptTemplate, PromptTokenizer
 from ray_ministral.captioning.request import Pixels, PreparedChunk, PreparedRow, RowFailure
 from ray_ministral.config import ImageLimits, PromptConfig
 from ray_ministral.data.images import ImagePreprocessor, open_image
+from ray_ministral.data.limits import deadline, memory_limit
 from ray_ministral.data.parquet import SourceRow, iter_rows
 from ray_ministral.data.shards import Shard
-from ray_ministral.errors import EngineError, PromptError, RowError, TooLongError, UsageError
+from ray_ministral.errors import EngineError, PromptError, RowError, TooLargeError, TooLongError, UsageError
 
 CHUNK_ROWS = 16
 CHUNK_BYTES = 32 << 20
@@ -106,7 +107,11 @@ class RowPreparer:
             yield pixels
 
     def prepare(self, source: SourceRow) -> tuple[PreparedRow, list[np.ndarray]]:
-        """One row and its pixels; never raises because of the row."""
+        """One row and its pixels; never raises because of the row. Ends the process where the row takes too long."""
+        with deadline(self._limits.deadline_s), memory_limit(self._limits.decode_bytes):
+            return self._prepare(source)
+
+    def _prepare(self, source: SourceRow) -> tuple[PreparedRow, list[np.ndarray]]:
         stage = "read"
         try:
             if source.error is not None:
@@ -130,9 +135,20 @@ class RowPreparer:
             return _failed(source.row, error), []
         except UsageError:
             raise  # of the model directory: the same for every row
+        except MemoryError as error:
+            return _failed(source.row, self._too_large(error, stage)), []
         except Exception as error:  # noqa: BLE001 one row must not end the job, whatever it is made of
             return _failed(source.row, EngineError(f"{type(error).__name__}: {error}", stage=stage)), []
         return PreparedRow(source.row, token_ids, sizes, failure=None, max_new_tokens=limit), pixels
+
+    def _too_large(self, error: MemoryError, stage: str) -> RowError:
+        """What a row that took all the memory it may have is: too large, and so it will be the next time."""
+        limit = self._limits.decode_bytes >> 20
+        return TooLargeError(
+            f"preparing this row takes more than {limit} MiB of memory ({str(error) or 'MemoryError'}): make its "
+            "images smaller, or raise --max-image-pixels, which the limit follows",
+            stage=stage,
+        )
 
     def _limit(self, source: SourceRow) -> int | None:
         """The row's own most new tokens. Raises PromptError where no caption can be so short."""

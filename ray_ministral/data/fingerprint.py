@@ -51,7 +51,7 @@ def fingerprint(config: CaptionConfig, plan: ShardPlan) -> dict[str, Any]:
             "system_prompt": config.prompt.system_prompt,
         },
         "sampling": {**asdict(config.sampling), "stop": list(config.sampling.stop)},
-        "images": asdict(config.images),
+        "images": {name: value for name, value in asdict(config.images).items() if name != "deadline_s"},
         "inputs": {file.name: {"bytes": file.size, "row_groups": _digest(file.row_group_rows)} for file in plan.files},
         "rows_per_shard": config.rows_per_shard,
         "limit": config.limit,

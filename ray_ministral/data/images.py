@@ -4,7 +4,9 @@
 decoded, whether they are let in. `ImagePreprocessor` then resizes exactly as Hugging Face's processor does.
 
 Memory of one image while it is decoded and resized: 14 bytes a pixel (measured at 64 million), so 0.9 GiB at the
-default limit. Nothing here guards against a decoder that crashes or loops: run it in a process that may die.
+default limit. A decoder that takes more, that never ends or that crashes is the caller's to hold: `data.limits` has a
+limit on memory (what comes of it, MemoryError, is passed on from here) and a deadline that ends the process, and
+`driver.feeder` goes on after a process that died.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ def open_image(data: bytes, limits: ImageLimits) -> Image.Image:
     multi-picture JPEG the first picture; transparency is laid on white; 16-bit grey is scaled to 8 bits (16-bit colour
     is by Pillow); EXIF orientation is followed, and ignored where the EXIF block itself is damaged.
 
-    Raises BadImageError for what is not a whole image of an allowed format, TooLargeError for what is above `limits`.
+    Raises BadImageError for what is not a whole image of an allowed format, TooLargeError for what is above `limits`,
+    MemoryError.
     """
     with warnings.catch_warnings():
         # Pillow warns of damaged metadata and odd palettes. The picture counts, and what spoils that is an exception.
@@ -142,6 +145,8 @@ def _sixteen_bit_grey(image: Image.Image) -> Image.Image:
 def _upright(rgb: Image.Image, opened: Image.Image) -> Image.Image:
     try:
         operation = _ORIENTATIONS.get(opened.getexif().get(_EXIF_ORIENTATION, 1))
+    except MemoryError:
+        raise
     except Exception:  # noqa: BLE001 a damaged EXIF block says nothing of the picture, which is decoded already
         return rgb
     return rgb if operation is None else rgb.transpose(operation)

@@ -3,6 +3,7 @@
 Reading goes in small batches over a column chunk that is streamed, so that memory follows the file's pages and the size
 of a few rows, and not what a footer says. (A page is read whole. pyarrow's writer looks at a page's size only every
 `write_batch_size` values, 1024 unless told otherwise, so large images in a file that it wrote may share huge pages.)
+What a page or a dictionary unfolds to is held by `READ_BYTES`: a file that wants more is refused.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 
 from ray_ministral.data.columns import RowColumns, is_list, is_string
 from ray_ministral.data.files import locate
+from ray_ministral.data.limits import memory_limit
 from ray_ministral.data.shards import Shard
 from ray_ministral.errors import BadImageError, InputError, PromptError, RowError, TooLargeError
 
@@ -26,6 +28,9 @@ READ_ROWS = 8
 CARRIED_ROWS = 256
 READ_BUFFER_BYTES = 1 << 20
 MAX_VALUE_BYTES = 128 << 20
+READ_BYTES = 6 << 30
+"""Memory that reading a batch may add to the process, and carried columns of a shard may have. The largest page that
+parquet knows is 2 GiB, once packed and once unpacked, and its values are copied out of it."""
 
 TextValue = str | int | float | bool | None
 
@@ -93,6 +98,8 @@ def _reading(shard: Shard) -> Iterator[None]:
     """Turns what pyarrow raises about a file into an InputError that names file and row group."""
     try:
         yield
+    except MemoryError as error:  # before ArrowException, of which Arrow's own MemoryError is one, too
+        raise _too_large(shard, str(error) or "no memory") from error
     except (pa.ArrowException, OSError) as error:
         raise InputError(
             f"{shard.file}: row group {shard.row_group} cannot be read: {error}; check the file, or take it out of "
@@ -100,10 +107,19 @@ def _reading(shard: Shard) -> Iterator[None]:
         ) from error
 
 
+def _too_large(shard: Shard, reason: str) -> InputError:
+    return InputError(
+        f"{shard.file}: row group {shard.row_group} takes more than {READ_BYTES >> 20} MiB of memory to read "
+        f"({reason}): write it with smaller pages (pyarrow: a lower write_batch_size and data_page_size) and values, "
+        "leave large columns out with --columns, lower --rows-per-shard, or take it out of the input"
+    )
+
+
 def row_batches(shard: Shard, columns: Sequence[str], batch_rows: int, *, stop: int) -> Generator[pa.RecordBatch]:
     """The shard's row group in batches of `batch_rows` rows, from its first row until row `stop` has been read.
 
-    Raises InputError where the file cannot be read. It may have fewer rows: see `too_few_rows`.
+    Raises InputError where the file cannot be read, or not within `READ_BYTES`. It may have fewer rows: see
+    `too_few_rows`.
     """
     place = locate(shard.location)
     with _reading(shard), place.filesystem.open_input_file(place.path) as source:
@@ -115,9 +131,14 @@ def row_batches(shard: Shard, columns: Sequence[str], batch_rows: int, *, stop: 
                 "planned: it changed; start the job anew with another --output"
             )
         position = 0
-        for batch in parquet.iter_batches(
+        batches = parquet.iter_batches(
             batch_size=batch_rows, row_groups=[shard.row_group], columns=list(columns), use_threads=False
-        ):
+        )
+        while True:
+            with memory_limit(READ_BYTES):
+                batch = next(batches, None)
+            if batch is None:
+                return
             yield batch
             position += batch.num_rows
             if position >= stop:
@@ -227,7 +248,8 @@ def _encoded(scalar: pa.Scalar, where: str) -> pa.Buffer:
 def read_columns(shard: Shard, columns: Sequence[str]) -> pa.Table:
     """`columns` of the shard's rows, with the file's own types and field metadata, in the order asked for.
 
-    Raises InputError where the file cannot be read, has lost a column, or has fewer rows than were planned.
+    Raises InputError where the file cannot be read, has lost a column, or has fewer rows than were planned, and where
+    the columns have more than `READ_BYTES`.
     """
     with _reading(shard):
         place = locate(shard.location)
@@ -242,12 +264,15 @@ def read_columns(shard: Shard, columns: Sequence[str]) -> pa.Table:
     if not fields:
         return pa.table({})
     pieces: list[pa.RecordBatch] = []
-    position = 0
+    position = size = 0
     for batch in row_batches(shard, columns, CARRIED_ROWS, stop=shard.stop):
         start, stop = max(shard.start - position, 0), min(shard.stop - position, batch.num_rows)
         if start < stop:
             # a dotted name can match inside another column, too, so the columns are picked out again by name
             pieces.append(batch.select(list(columns)).slice(start, stop - start))
+            size += pieces[-1].nbytes
+            if size > READ_BYTES:
+                raise _too_large(shard, f"columns {', '.join(columns)}, rows {shard.start} to {shard.stop}")
         position += batch.num_rows
     if position < shard.stop:
         raise too_few_rows(shard, position, shard.stop)

@@ -19,6 +19,8 @@ from ray_ministral.data.files import FoundFile, find_files
 from ray_ministral.errors import ConfigError, InputError
 
 FOOTERS_AT_ONCE = 16
+MAX_GROUP_ROWS = 100_000_000
+"""What is planned for each row is memory of the driver: a footer of a few bytes must not say how much of it."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,11 @@ def _read_footer(file: FoundFile, columns: RowColumns, option: str) -> _Footer:
         raise InputError(
             f"{file.place.name} has a damaged footer: a row group with {min(footer.group_rows)} rows; write the file "
             "anew"
+        )
+    if max(footer.group_rows, default=0) > MAX_GROUP_ROWS:
+        raise InputError(
+            f"the footer of {file.place.name} says that a row group has {max(footer.group_rows)} rows, at most "
+            f"{MAX_GROUP_ROWS} are believed; it is damaged, or the file is to be written with smaller row groups"
         )
     return footer
 

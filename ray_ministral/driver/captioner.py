@@ -394,6 +394,9 @@ class Captioner:
         # A step that hangs is given up at its time-out, and its stage replaced; only then it is for us to end the job.
         if silent < config.step_timeout_s + (2 * config.health_timeout_s if steps else 0.0):
             return
+        if not steps and not self._writes and self._feeder.restart_stuck(silent):
+            self._progress_at = time.monotonic()
+            return
         under_way = [f"{steps} steps"] if steps else []
         under_way += [f"the writing of {self._job.plan.shards[index].part_name}" for index, _ in self._writes.values()]
         under_way += [f"the preparing of {place}" for place in self._feeder.under_way()]

@@ -1,8 +1,10 @@
 """`Feeder`: rows prepared ahead of need, in input order, in bounded memory.
 
 A unit is a run of shards of one row group: it is read once, by one task. A few units are under way at a time, each
-stopped by Ray when what it has made is not taken. If a preparing worker dies (a decoder that crashes, memory), the rows
-that it was at are prepared again one by one, so that the row at fault stands alone and becomes an error of its own.
+stopped by Ray when what it has made is not taken. If a preparing worker dies (a decoder that crashes, memory, a row's
+deadline) or is given up by `restart_stuck`, the rows that it was at are prepared again one by one, so that the row at
+fault stands alone and becomes an error of its own. `take` waits for no worker: one that was stopped between a chunk and
+its pixels must not stop the driver.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from ray_ministral.captioning.prepare import CHUNK_ROWS
 from ray_ministral.captioning.request import PreparedChunk, PreparedRow, RowFailure
 from ray_ministral.data.shards import Shard
 from ray_ministral.driver.pipeline import describe_error, raise_if_ours
+from ray_ministral.driver.tasks import Preparation
 from ray_ministral.errors import ClusterError
 
 logger = logging.getLogger(__name__)
@@ -30,7 +33,10 @@ logger = logging.getLogger(__name__)
 UNITS_AHEAD = 2
 TAKE_TIMEOUT_S = 600.0
 
-StartPrepare = Callable[[Sequence[Shard]], Any]
+DEATHS_BY_ITSELF = 2
+"""A row becomes an error when so many workers have died of it alone: one may have died for another reason."""
+
+StartPrepare = Callable[[Sequence[Shard]], Preparation]
 
 
 @dataclass(frozen=True)
@@ -43,15 +49,39 @@ class Prepared:
 
 @dataclass(eq=False)
 class _Unit:
-    """Shards under way; `generator` yields references; `row` is the next row that is wanted from `shards[0]`.
+    """Shards under way; `row` is the next row that is wanted from `shards[0]`.
 
-    `suspect`: it is one row, and a worker that may have been at it has died.
+    `suspect`: how many workers that may have been at it have died; where any has, it is one row. `chunk` is one that is there already
+    while its pixels are not.
     """
 
     shards: list[Shard]
-    generator: Any
+    preparation: Preparation
     row: int
-    suspect: bool
+    suspect: int
+    life: _Life
+    chunk: PreparedChunk | None = None
+
+    @property
+    def generator(self) -> Any:
+        return self.preparation.generator
+
+
+class _Life:
+    """How long a task took until it ended or died, however late somebody asks."""
+
+    def __init__(self, generator: Any) -> None:
+        self._started = time.monotonic()
+        self._ended: float | None = None
+        self._end = generator.completed().future()  # kept, so that it is called
+        self._end.add_done_callback(self._note_end)
+
+    def _note_end(self, _: Any) -> None:
+        self._ended = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return (time.monotonic() if self._ended is None else self._ended) - self._started
 
 
 class Feeder:
@@ -59,35 +89,40 @@ class Feeder:
 
     def __init__(self, shards: Iterable[Shard], start: StartPrepare, units_ahead: int = UNITS_AHEAD) -> None:
         self._todo = deque(
-            (list(unit), False) for _, unit in groupby(shards, key=lambda shard: (shard.file_index, shard.row_group))
+            (list(unit), 0) for _, unit in groupby(shards, key=lambda shard: (shard.file_index, shard.row_group))
         )
         self._start = start
         self._units: deque[_Unit] = deque()
         self._ahead = units_ahead
-        self._peeked: Prepared | None = None
+        self._ready: deque[Prepared] = deque()  # what was looked at, or became an error, and was not taken yet
         self.fill()
 
     @property
     def exhausted(self) -> bool:
         """Whether every row has been taken."""
-        return not self._units and not self._todo and self._peeked is None
+        return not self._units and not self._todo and not self._ready
 
     def again(self, shards: Sequence[Shard]) -> None:
         """Prepare these once more, before what has not been begun."""
-        self._todo.extendleft(([shard], False) for shard in reversed(shards))
+        self._todo.extendleft(([shard], 0) for shard in reversed(shards))
         self.fill()
 
     def fill(self) -> None:
         """Start units until enough are under way."""
         while self._todo and len(self._units) < self._ahead:
             shards, suspect = self._todo.popleft()
-            self._units.append(_Unit(shards, self._start(shards), shards[0].start, suspect))
+            preparation = self._start(shards)
+            self._units.append(_Unit(shards, preparation, shards[0].start, suspect, _Life(preparation.generator)))
 
     def close(self) -> None:
-        """Stop what is under way. Never raises."""
+        """Stop what is under way, also workers that do not answer. Never raises."""
+        self._cancel(force=True)
+
+    def _cancel(self, *, force: bool) -> None:
+        """With `force` the workers end; without it those that are well stop their task and are used again."""
         for unit in self._units:
             with suppress(RayError):
-                ray.cancel(unit.generator)
+                ray.cancel(unit.generator, force=force)
         self._units.clear()
 
     def under_way(self) -> list[str]:
@@ -101,28 +136,31 @@ class Feeder:
     def peek(self, timeout_s: float) -> Prepared | None:
         """The next chunk, which `take` gives once more; None where none comes within the time. Raises as `take`."""
         deadline = time.monotonic() + timeout_s
-        while self._peeked is None and not self.exhausted:
-            self._peeked = self.take()
+        while not self._ready and not self.exhausted:
+            prepared = self.take()
+            if prepared is not None:
+                self._ready.append(prepared)
+                break
             left = deadline - time.monotonic()
-            if self._peeked is not None or left <= 0:
+            if left <= 0:
                 break
             if self._units:
                 ray.wait([self._units[0].generator], timeout=left, fetch_local=False)
-        return self._peeked
+        return self._ready[0] if self._ready else None
 
     def take(self) -> Prepared | None:
         """The next chunk if one is ready, else None. Raises what is wrong with a file, a model or the cluster."""
-        if self._peeked is not None:
-            prepared, self._peeked = self._peeked, None
-            return prepared
+        if self._ready:
+            return self._ready.popleft()
         while self._units:
             unit = self._units[0]
-            ready, _ = ray.wait([unit.generator], timeout=0, fetch_local=False)
-            if not ready:
+            if not _has_more(unit):
                 return None
             try:
-                chunk: PreparedChunk = ray.get(next(unit.generator), timeout=TAKE_TIMEOUT_S)
-                pixels = next(unit.generator)
+                if unit.chunk is None:
+                    unit.chunk = ray.get(next(unit.generator), timeout=TAKE_TIMEOUT_S)
+                    continue
+                chunk, pixels = unit.chunk, next(unit.generator)
                 if pixels == unit.generator.completed():
                     # Not pixels: the worker died after the chunk, and this reference holds the error.
                     ray.get(pixels, timeout=TAKE_TIMEOUT_S)
@@ -136,50 +174,93 @@ class Feeder:
                     f"rows of {unit.shards[0].file} cannot be prepared: {describe_error(error)}"
                 ) from error
             except RayError as error:
-                failed = self._retry(unit, error)
-                if failed is not None:
-                    return failed
+                self._retry(unit, _death(unit, error))
+                if self._ready:
+                    return self._ready.popleft()
                 continue
             self._advance(unit, chunk)
             return Prepared(chunk, pixels if chunk.pixel_bytes else None)
         return None
 
+    def restart_stuck(self, silent_s: float) -> bool:
+        """Give up the worker that the next chunk should come from, and prepare its rows again as if it had died.
+
+        For a driver that has waited `silent_s` seconds for `waitable`. Returns whether there was such a worker: False
+        where nothing is under way or the next chunk is there, so that the silence has another cause. A row that was
+        alone in its unit already becomes an error. So a worker that was stopped, or waits for storage that does not
+        answer, costs nothing but the time, and one row that stops every worker costs that row.
+
+        Ray 2.60, tried with a worker under SIGSTOP: `ray.cancel` does nothing to it, and to ask its generator for the
+        next reference after that never returns; `ray.cancel(force=True)` returns at once and the worker is gone within
+        ten seconds, killed by the raylet of its node, so that no pid is needed. Its generator is not touched again.
+        The rows do not wait for its end.
+        """
+        if self._ready or not self._units or _has_more(self._units[0]):
+            return False
+        unit = self._units[0]
+        logger.warning("the worker at %s has said nothing for %.0f s: giving it up", self.under_way()[0], silent_s)
+        with suppress(RayError):
+            ray.cancel(unit.generator, force=True)
+        reason = f"the worker that prepared this row said nothing for {silent_s:.0f} s and was given up"
+        self._retry(unit, reason, force=True)
+        return True
+
     def _advance(self, unit: _Unit, chunk: PreparedChunk) -> None:
         """Note that a chunk was taken. It can span several shards, where they are single rows to be tried again."""
+        unit.chunk = None
         unit.row = chunk.rows[-1].row + 1
         while unit.shards and unit.row >= unit.shards[0].stop:
             unit.shards.pop(0)
         if unit.shards:
             unit.row = max(unit.row, unit.shards[0].start)
 
-    def _retry(self, unit: _Unit, error: RayError) -> Prepared | None:
-        """The unit's worker died. A suspect row is given up, as that row's error.
+    def _retry(self, unit: _Unit, reason: str, *, force: bool = False) -> None:
+        """The unit's worker died, or was given up. A row that has had its chances becomes an error, `_ready` then.
 
         Else each of the rows that can have been in the chunk under way is tried alone; those after them stay together,
-        since a unit of one row reads the row group from its start.
+        since a unit of one row reads the row group from its start. `force`: the workers of later units may not answer.
         """
         self._units.popleft()
         if not unit.shards:  # it died after its last row
             self.fill()
-            return None
+            return
         shard = replace(unit.shards[0], start=unit.row)
-        if unit.suspect:
-            failure = RowFailure(
-                "engine_error", f"the worker that prepared this row died: {describe_error(error)}", "decode"
-            )
+        if unit.suspect >= DEATHS_BY_ITSELF:
+            row = PreparedRow(unit.row, None, (), RowFailure("engine_error", reason, "decode"))
+            self._ready.append(Prepared(PreparedChunk(shard.index, (row,), 0), None))
             self.fill()
-            return Prepared(PreparedChunk(shard.index, (PreparedRow(unit.row, None, (), failure),), 0), None)
+            return
         logger.warning(
-            "a worker that prepared rows of %s died (%s); trying them one by one", shard.file, describe_error(error)
+            "trying rows of row group %d of %s from row %d on one by one: %s",
+            shard.row_group,
+            shard.file,
+            shard.start,
+            reason,
         )
         # Units already under way come after these rows; they are started again later, in order.
         later = [(waiting.shards, waiting.suspect) for waiting in self._units]
-        self.close()
+        self._cancel(force=force)
         suspects, rest = _singled_out([shard, *unit.shards[1:]], CHUNK_ROWS)
-        again = [*(([suspect], True) for suspect in suspects), *([(rest, False)] if rest else []), *later]
+        again = [*(([one], unit.suspect + 1) for one in suspects), *([(rest, 0)] if rest else []), *later]
         self._todo.extendleft(reversed(again))
         self.fill()
-        return None
+
+
+def _has_more(unit: _Unit) -> bool:
+    """Whether the unit's next reference, or its end, is there."""
+    ready, _ = ray.wait([unit.generator], timeout=0, fetch_local=False)
+    return bool(ready)
+
+
+def _death(unit: _Unit, error: RayError) -> str:
+    """Why the worker of a unit died. Of a row alone it is known whether it had the time that a row may take."""
+    limit = unit.preparation.deadline_s
+    if unit.suspect and unit.life.seconds >= limit:
+        return (
+            f"preparing this row took longer than its deadline of {limit:g} s (ImageLimits.deadline_s), and the worker "
+            f"was ended ({describe_error(error)}); raise the deadline if it is a good one"
+        )
+    return f"the worker that prepared this row died: {describe_error(error)}"
 
 
 def _singled_out(shards: Sequence[Shard], rows: int) -> tuple[list[Shard], list[Shard]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +17,7 @@ import ray
 from ray_ministral.captioning.prepare import RowPreparer
 from ray_ministral.captioning.request import Pixels, PreparedChunk, RowResult
 from ray_ministral.config import ImageLimits, PromptConfig
+from ray_ministral.data.limits import lift_limits
 from ray_ministral.data.parts import PartInfo, read_own_columns, write_part
 from ray_ministral.data.shards import Shard
 from ray_ministral.errors import InputError
@@ -44,7 +45,12 @@ def prepare(
     max_prompt_tokens: int,
     limit_column: str | None,
 ) -> Iterator[PreparedChunk | Pixels]:
-    """See `captioning.prepare.prepare_shards`: a stream of chunks, each followed by its pixels."""
+    """See `captioning.prepare.prepare_shards`: a stream of chunks, each followed by its pixels.
+
+    A row that takes longer than `images.deadline_s` ends the worker. Limits on memory hold while a batch is read and
+    while a row is prepared, and are gone before anything is yielded: a worker writes parts and runs other tasks, too.
+    """
+    lift_limits()
     made = _preparer(model_dir, prompt, images, max_prompt_tokens, limit_column).chunks(shards)
     while True:
         started, begun = time.time(), time.perf_counter()
@@ -69,6 +75,7 @@ def write(
 
     With `keep_others` the part is there already, and rows without a new result keep the one that they have.
     """
+    lift_limits()  # of a preparing task that was cancelled in this worker
     if keep_others:
         results = _merged(output, shard.part_name, results)
     return write_part(shard, results, output=output, carried_columns=carried_columns, with_token_ids=with_token_ids)
@@ -81,6 +88,24 @@ def _merged(output: str, name: str, results: Sequence[RowResult]) -> list[RowRes
     return list(merged.values())
 
 
-def start_prepare(*arguments: Any) -> Any:
-    """Start `prepare`; returns the generator of references."""
-    return prepare.options(_generator_backpressure_num_objects=OBJECTS_AHEAD).remote(*arguments)
+@dataclass(frozen=True)
+class Preparation:
+    """A `prepare` under way: the generator of references, and the seconds after which a row of it ends its worker."""
+
+    generator: Any
+    deadline_s: float
+
+
+def start_prepare(
+    shards: Sequence[Shard],
+    model_dir: str,
+    prompt: PromptConfig,
+    images: ImageLimits,
+    max_prompt_tokens: int,
+    limit_column: str | None,
+) -> Preparation:
+    """Start `prepare`."""
+    task = prepare.options(_generator_backpressure_num_objects=OBJECTS_AHEAD)
+    return Preparation(
+        task.remote(shards, model_dir, prompt, images, max_prompt_tokens, limit_column), images.deadline_s
+    )

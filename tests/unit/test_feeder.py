@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +16,19 @@ from ray_ministral.captioning.request import PreparedChunk, PreparedRow
 from ray_ministral.data.shards import Shard
 from ray_ministral.driver import feeder as feeder_module
 from ray_ministral.driver.feeder import Feeder, Prepared
+from ray_ministral.driver.tasks import Preparation
 from ray_ministral.errors import ClusterError, InputError
+
+DEADLINE_S = 60.0
 
 
 @dataclass(eq=False)
 class Reference:
     value: Any
+
+    def future(self) -> Future[Any]:
+        """Never done here: a task's end is noted by Ray."""
+        return Future()
 
 
 @dataclass(eq=False)
@@ -30,6 +38,7 @@ class Generator:
     values: Iterator[Any]
     end: Reference = field(default_factory=lambda: Reference(None))
     cancelled: bool = False
+    killed: bool = False
 
     def __next__(self) -> Reference:
         if self.end.value is not None:
@@ -59,8 +68,9 @@ class FakeRay:
             raise reference.value
         return reference.value
 
-    def cancel(self, generator: Generator) -> None:
+    def cancel(self, generator: Generator, *, force: bool) -> None:
         generator.cancelled = True
+        generator.killed = force
 
 
 @dataclass
@@ -72,10 +82,12 @@ class Workers:
     luck: Iterator[bool] = field(default_factory=lambda: iter(()))
     error: Exception | None = None
     started: list[list[Shard]] = field(default_factory=list)
+    generators: list[Generator] = field(default_factory=list)
 
-    def start(self, shards: Sequence[Shard]) -> Generator:
+    def start(self, shards: Sequence[Shard]) -> Preparation:
         self.started.append(list(shards))
-        return Generator(self._stream(list(shards)))
+        self.generators.append(Generator(self._stream(list(shards))))
+        return Preparation(self.generators[-1], DEADLINE_S)
 
     def _stream(self, shards: list[Shard]) -> Iterator[Any]:
         for index in dict.fromkeys(shard.index for shard in shards):
@@ -173,8 +185,8 @@ def test_after_a_death_only_rows_of_the_chunk_under_way_stand_alone() -> None:
     assert bad.failure is not None
     assert bad.failure.status == "engine_error"
     assert "died" in bad.failure.error
-    # The whole, sixteen rows alone, and the others together.
-    assert len(workers.started) == 1 + 16 + 1
+    # The whole, sixteen rows alone, and the others together; the bad row once more, and the one that was begun behind it.
+    assert len(workers.started) == 1 + 16 + 1 + 2
 
 
 @pytest.mark.parametrize(
@@ -243,3 +255,94 @@ class Ticking:
     def monotonic(self) -> float:
         self.now += 1.0
         return self.now
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(59.0, "died"), (60.5, "took longer than its deadline of 60 s")])
+def test_a_row_that_had_its_time_is_told_from_one_that_crashed(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, words: str
+) -> None:
+    monkeypatch.setattr(feeder_module._Life, "seconds", seconds)
+    taken = take_all(Feeder(WHOLE, Workers(deadly=frozenset({(2, 3)})).start))
+    assert keys(taken) == all_keys(WHOLE)
+    assert [row.row for row in failures(taken)] == [3]
+    assert words in str(failures(taken)[0].failure)
+
+
+def failures(taken: list[Prepared]) -> list[PreparedRow]:
+    return [row for prepared in taken for row in prepared.chunk.rows if row.failure is not None]
+
+
+def test_the_time_of_a_task_is_taken_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeder_module, "time", Ticking())
+    generator = Generator(iter(()))
+    end: Future[Any] = Future()
+    generator.end.future = lambda: end  # type: ignore[method-assign]
+    life = feeder_module._Life(generator)
+    assert (life.seconds, life.seconds) == (1.0, 2.0), "it goes on"
+    end.set_exception(WorkerCrashedError())
+    assert (life.seconds, life.seconds) == (3.0, 3.0)
+
+
+class Silent(FakeRay):
+    """A Ray in which some generators have nothing to give: their workers were stopped after so many references."""
+
+    def __init__(self) -> None:
+        self.given: dict[int, int] = {}
+
+    def wait(self, references: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        ready = [generator for generator in references if self.given.get(id(generator), 1) > 0]
+        for generator in ready:
+            if id(generator) in self.given:
+                self.given[id(generator)] -= 1
+        return ready, [generator for generator in references if generator not in ready]
+
+
+@pytest.mark.parametrize("after", range(5), ids="after {} references".format)
+def test_a_worker_that_says_nothing_is_given_up_and_its_rows_are_prepared_again(
+    monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    ray = Silent()
+    monkeypatch.setattr(feeder_module, "ray", ray)
+    workers = Workers(chunk_rows=4)
+    feeder = Feeder(WHOLE, workers.start)
+    stopped, later = workers.generators
+    ray.given[id(stopped)] = after
+    taken = []
+    while (prepared := feeder.take()) is not None:
+        taken.append(prepared)
+    assert len(taken) == after // 2, "a chunk whose pixels never come stops nobody"
+    assert feeder.restart_stuck(600.0)
+    assert stopped.killed
+    assert later.killed, "it may be stopped just as well"
+    taken += take_all(feeder)
+    assert keys(taken) == all_keys(WHOLE)
+    assert not failures(taken)
+
+
+def test_a_row_at_which_every_worker_is_stuck_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Silent()
+    monkeypatch.setattr(feeder_module, "ray", ray)
+    workers = Workers()
+    feeder = Feeder([shard(0, 0, 0, 40)], workers.start)
+    taken = []
+    while not feeder.exhausted:
+        for generator, shards in zip(workers.generators, workers.started, strict=True):
+            if shards[0].start <= 5 < shards[0].stop:
+                ray.given[id(generator)] = 0
+        prepared = feeder.take()
+        if prepared is not None:
+            taken.append(prepared)
+        elif not feeder.exhausted:
+            assert feeder.restart_stuck(600.0)
+    assert keys(taken) == all_keys([shard(0, 0, 0, 40)])
+    assert [row.row for row in failures(taken)] == [5]
+    assert "said nothing for 600 s and was given up" in str(failures(taken)[0].failure)
+
+
+def test_silence_that_is_not_a_workers_fault_changes_nothing() -> None:
+    workers = Workers()
+    feeder = Feeder(WHOLE, workers.start)
+    assert not feeder.restart_stuck(600.0), "the next chunk is there: somebody else is stuck"
+    assert keys(take_all(feeder)) == all_keys(WHOLE)
+    assert not feeder.restart_stuck(600.0), "there is nothing to come"
+    assert not any(generator.killed for generator in workers.generators)

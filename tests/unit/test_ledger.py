@@ -249,6 +249,11 @@ def test_what_makes_another_job(job: CaptionConfig, changes: dict[str, Any], key
     assert {name for name in before if before[name] != after[name]} == {key}
 
 
+def test_how_long_a_row_may_take_makes_no_other_job(job: CaptionConfig) -> None:
+    patient = replace(job, images=replace(job.images, deadline_s=600.0))
+    assert print_of(patient) == print_of(job)
+
+
 def test_the_input_is_part_of_it(job: CaptionConfig, tmp_path: Path) -> None:
     before = print_of(job)
     pq.write_table(pa.table({"image": [b"x"] * 6, "id": range(6), "t": ["a"] * 6}), tmp_path / "in.parquet")

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_ministral.captioning.request import RowFailure, RowResult
+from ray_ministral.data import parquet as parquet_module
 from ray_ministral.data.files import locate
 from ray_ministral.data.parquet import SourceRow, iter_rows
 from ray_ministral.data.parts import PartInfo, read_part_info, write_part
@@ -202,6 +203,35 @@ def test_a_small_file_that_becomes_large_is_read_in_small_pieces(tmp_path: Path)
     assert rows == count
     assert peak < 32 * size, "Arrow must not hold the 1.5 GB that the file becomes"
     assert python_peak < 8 * size
+
+
+def bomb(path: Path, values: int, column: str = "image") -> Path:
+    """A file of a few kilobytes with values of 100 MB."""
+    indices = pa.array(np.zeros(values, np.int32))
+    large = pa.DictionaryArray.from_arrays(indices, pa.array([b"\x00" * 100_000_000]))
+    table = pa.table({column: large} if column == "image" else {"image": [b"x"] * values, column: large})
+    return write(path, table, compression="zstd", store_schema=False)
+
+
+def test_a_page_that_unfolds_beyond_the_limit_is_refused_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = bomb(tmp_path / "a.parquet", 64)
+    assert path.stat().st_size < 20_000
+    monkeypatch.setattr(parquet_module, "READ_BYTES", 200 << 20)
+    with pytest.raises(InputError, match=r"row group 0 takes more than 200 MiB of memory to read .*write_batch_size"):
+        read(path)
+    assert len(bytearray(1 << 30)) == 1 << 30, "the limit is gone"
+
+
+def test_carried_columns_that_unfold_beyond_the_limit_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet_module, "READ_BYTES", 500 << 20)
+    monkeypatch.setattr(parquet_module, "CARRIED_ROWS", 2)
+    [shard] = shards_of(bomb(tmp_path / "a.parquet", 64, "text"))
+    with pytest.raises(InputError, match=r"takes more than 500 MiB of memory to read .*leave large columns out"):
+        parquet_module.read_columns(shard, ["text"])
 
 
 def test_a_large_row_group_is_streamed(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import resource
+import signal
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -156,24 +159,57 @@ def test_a_prompt_that_is_too_long(folder: Path, tmp_path: Path) -> None:
     assert rows_of(run(folder, shards, max_prompt_tokens=fits - 1))[0].failure is not None
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (RecursionError("too deep"), "engine_error", "^RecursionError: too deep$"),
+        (MemoryError("no room"), "too_large", r"more than \d+ MiB of memory \(no room\).*--max-image-pixels"),
+    ],
+)
 def test_an_unexpected_exception_stays_with_its_row(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, status: str, words: str
 ) -> None:
     honest = prepare_module.open_image
     poison = encoded(30, 30, seed=9)
 
     def open_image(data: bytes, limits: ImageLimits) -> Image.Image:
         if data == poison:
-            raise MemoryError("no room")
+            raise error
         return honest(data, limits)
 
     monkeypatch.setattr(prepare_module, "open_image", open_image)
     rows = rows_of(
         run(folder, shards_of(tmp_path / "a.parquet", {"image": [encoded(28, 28), poison, encoded(28, 28)]}))
     )
-    assert [row.failure and row.failure.status for row in rows] == [None, "engine_error", None]
+    assert [row.failure and row.failure.status for row in rows] == [None, status, None]
     assert rows[1].failure is not None
-    assert (rows[1].failure.error, rows[1].failure.stage) == ("MemoryError: no room", "decode")
+    assert rows[1].failure.stage == "decode"
+    assert re.search(words, rows[1].failure.error)
+
+
+def test_a_picture_that_takes_more_memory_than_it_may_costs_its_row(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImageLimits, "decode_bytes", 100 << 20)
+    stream = BytesIO()
+    Image.new("RGB", (6000, 6000)).save(stream, "PNG", compress_level=1)
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    pairs = run(folder, shards_of(tmp_path / "a.parquet", {"image": [encoded(28, 28), stream.getvalue()] * 2}))
+    assert [row.failure and row.failure.status for row in rows_of(pairs)] == [None, "too_large", None, "too_large"]
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+
+
+def test_a_job_has_no_limits_while_its_chunks_are_taken(folder: Path, tmp_path: Path) -> None:
+    shards = shards_of(tmp_path / "a.parquet", {"image": [encoded(28, 28)] * 5})
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    count = 0
+    for _ in prepare_shards(
+        shards, model_dir=folder, prompt=PROMPT, images=ImageLimits(), max_prompt_tokens=1000, chunk_rows=2
+    ):
+        count += 1
+        assert resource.getrlimit(resource.RLIMIT_DATA) == before
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert count == 6
 
 
 def test_a_prompt_column(folder: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_ministral.data import files
+from ray_ministral.data import shards as shards_module
 from ray_ministral.data.files import find_files, locate, write_atomically, write_file
 from ray_ministral.data.shards import Shard, plan_shards
 from ray_ministral.errors import InputError
@@ -380,3 +381,12 @@ def test_pickled_extension_types_are_refused_and_not_unpickled(tmp_path: Path, n
 def test_arrows_own_extension_types_are_carried(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", 1, key=pa.array([b"0123456789abcdef"], pa.uuid()))
     assert plan_shards([str(tmp_path)], rows_per_shard=9).carried_columns == ("id", "key")
+
+
+def test_a_footer_is_not_believed_any_number_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pq.write_table(pa.table({"image": [b"x"] * 11}), tmp_path / "a.parquet")
+    monkeypatch.setattr(shards_module, "MAX_GROUP_ROWS", 10)
+    with pytest.raises(InputError, match=r"says that a row group has 11 rows, at most 10 are believed"):
+        plan_shards([str(tmp_path / "a.parquet")], rows_per_shard=5)
+    monkeypatch.setattr(shards_module, "MAX_GROUP_ROWS", 11)
+    assert plan_shards([str(tmp_path / "a.parquet")], rows_per_shard=5).rows == 11
