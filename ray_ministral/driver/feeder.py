@@ -51,8 +51,8 @@ class Prepared:
 class _Unit:
     """Shards under way; `row` is the next row that is wanted from `shards[0]`.
 
-    `suspect`: how many workers that may have been at it have died; where any has, it is one row. `chunk` is one that is there already
-    while its pixels are not.
+    `suspect`: how many workers that may have been at it have died; where any has, it is one row. `chunk` is one that is
+    there already while its pixels are not.
     """
 
     shards: list[Shard]

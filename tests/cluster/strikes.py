@@ -57,15 +57,21 @@ class Strike:
 
 
 def struck(*strikes: Strike) -> Any:
-    """An actor class with these strikes."""
+    """An actor class with these strikes. Its actors note since when they live in `loads`, beside the first marks."""
 
     class Struck(StageActor):
         def _fall(self, at: str) -> None:
             for strike in strikes:
                 strike.fall(at, self._spec)
 
+        def __init__(self) -> None:
+            super().__init__()
+            self._born = time.time()
+
         def load(self, options: StageOptions, *others: Any) -> Any:
             self._spec = options.spec
+            with (strikes[0].marks.parent / "loads").open("a") as file:
+                file.write(f"{self._born}\n")
             self._fall("load")
             report = super().load(options, *others)
             assert self._stage is not None

@@ -185,7 +185,7 @@ def test_after_a_death_only_rows_of_the_chunk_under_way_stand_alone() -> None:
     assert bad.failure is not None
     assert bad.failure.status == "engine_error"
     assert "died" in bad.failure.error
-    # The whole, sixteen rows alone, and the others together; the bad row once more, and the one that was begun behind it.
+    # The whole, sixteen rows alone, and the others together; the bad row again, and the one that was begun behind it.
     assert len(workers.started) == 1 + 16 + 1 + 2
 
 
