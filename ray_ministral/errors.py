@@ -15,7 +15,9 @@
     ├── TooManyErrorsError    more bad rows than --max-error-rate allows; exit status 3
     └── ClusterError          the cluster could not carry the job; exit status 4
         ├── PlacementError    no room for the stages
-        └── StageDiedError    a stage actor died, hung or could not start
+        ├── StageDiedError    a stage actor died, hung or could not start
+        ├── OutputError       the output cannot be written: a full disk, a full object store
+        └── LeaseLostError    another job has taken over the output folder
 
 A message says what it got, what it wanted and what to change. Bugs are not in this tree: they stay
 `AssertionError`, `TypeError` and the like, with their traceback.
@@ -123,3 +125,11 @@ class PlacementError(ClusterError):
 
 class StageDiedError(ClusterError):
     """A stage actor died, hung, or could not start."""
+
+
+class OutputError(ClusterError):
+    """The output cannot be written, often for want of room. The same command goes on once it can."""
+
+
+class LeaseLostError(ClusterError):
+    """Another job has taken over the output folder; this one may commit nothing more."""
