@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import json
 from collections.abc import Mapping
@@ -49,12 +50,12 @@ class Entry:
         """This entry while its part is being replaced."""
         return replace(self, next=later)
 
-    def to_bytes(self) -> bytes:
+    def to_bytes(self) -> builtins.bytes:
         """The content of its file."""
         return (json.dumps(asdict(self), indent=2, sort_keys=True) + "\n").encode()
 
     @classmethod
-    def parse(cls, data: bytes, part: str) -> Entry:
+    def parse(cls, data: builtins.bytes, part: str) -> Entry:
         """The entry of `part`. Raises ValueError for what is none, torn or of another part."""
         try:
             return cls._from_json(json.loads(data), part)

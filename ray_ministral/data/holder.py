@@ -7,7 +7,7 @@ import os
 import socket
 import time
 import uuid
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -56,10 +56,10 @@ class Holder:
     def parse(cls, data: bytes) -> Holder | None:
         """None for what is no lease: torn, or of another program."""
         try:
-            holder = cls(**json.loads(data))
-            well_formed = isinstance(holder.pid, int) and isinstance(holder.run, str)
-            return replace(holder, heartbeat_s=float(holder.heartbeat_s)) if well_formed else None
-        except (ValueError, TypeError):
+            value = json.loads(data)
+            kinds = {"pid": int, "heartbeat_s": float, "counter": int}
+            return cls(**{key: kinds.get(key, str)(each) for key, each in value.items()})
+        except (ValueError, TypeError, AttributeError):
             return None
 
     def state(self) -> Literal["alive", "gone", "unknown"]:

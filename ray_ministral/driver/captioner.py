@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ from ray_ministral.captioning.batching import BatchScheduler, Finished, Request
 from ray_ministral.captioning.plan import StepPlan
 from ray_ministral.captioning.request import OK, PreparedRow, RowFailure, RowResult
 from ray_ministral.config import CaptionConfig, StageOptions
+from ray_ministral.data.commits import LEAVE_S, Commits
+from ray_ministral.data.parts import Attempt
 from ray_ministral.driver import tasks
 from ray_ministral.driver.clock import Clock
 from ray_ministral.driver.cluster import Resolved, connected, resolve
@@ -32,7 +34,14 @@ from ray_ministral.driver.stage_actor import stage_actor_class
 from ray_ministral.driver.step_spans import StepSpans
 from ray_ministral.driver.summary import CaptionSummary, StageFigures
 from ray_ministral.driver.trace import Trace
-from ray_ministral.errors import ClusterError, StageDiedError, TooManyErrorsError
+from ray_ministral.errors import (
+    ClusterError,
+    LeaseLostError,
+    OutputError,
+    RayMinistralError,
+    StageDiedError,
+    TooManyErrorsError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +79,15 @@ class Captioner:
         """Plan, start, loop until every part is committed, clean up; see `caption`."""
         job = CaptionJob.plan_job(self.config)
         self._clock.lap("plan")
-        if job.finished is not None:
-            logger.info("%s is finished already: nothing to do", job.ledger.output)
-            return job.finished
+        with closing(job.ledger):
+            if job.finished is not None:
+                logger.info("%s is finished already: nothing to do", job.ledger.output)
+                return job.finished
+            summary = self._run(job)
+            job.ledger.finish(summary.to_json())
+            return summary
+
+    def _run(self, job: CaptionJob) -> CaptionSummary:
         with ExitStack() as stack:
             self._job, self._split = job, job.split
             self._tracker = PartTracker(job.plan.shards, job.committed, job.failed_rows)
@@ -85,13 +100,13 @@ class Captioner:
                 self._admit()
                 self._launch()
                 self._handle_events()
+                self._note_commits()
                 self._spans.poll()
                 progress.update(**vars(self._tracker.totals))
             summary = self._summary()
             for line in self._split.outcome(summary.stage_busy):
                 progress.message(line)
-        job.ledger.finish(summary.to_json())
-        return summary
+            return summary
 
     # Starting
 
@@ -106,6 +121,8 @@ class Captioner:
             self._replicas = self._start_replicas(stack)
         self._spans = StepSpans(self._trace, [replica.pipeline for replica in self._replicas])
         stack.callback(self._spans.finish)
+        self._commits = stack.enter_context(Commits(self._job.ledger))
+        stack.push(self._commit_what_is_whole)
         self._progress_at = time.monotonic()
 
     def _start_replicas(self, stack: ExitStack) -> list[Replica]:
@@ -222,7 +239,9 @@ class Captioner:
         if any(replica.scheduler.room for replica in self._replicas) and self._feeder.waitable() is not None:
             waitables.append(self._feeder.waitable())
         if not waitables:
-            assert self._tracker.done, "rows are missing, and nothing is under way that could bring them"
+            assert not self._commits.is_idle, "rows are missing, and nothing is under way that could bring them"
+            if not self._commits.wait(WAIT_S):
+                self._check_for_hang()
             return
         with self._trace.driver("wait"):
             ray.wait(waitables, num_returns=1, timeout=WAIT_S, fetch_local=False)
@@ -321,13 +340,36 @@ class Captioner:
         shard_index, started = self._writes.pop(reference)
         part_name = self._job.plan.shards[shard_index].part_name
         try:
-            info = ray.get(reference)
+            attempt: Attempt = ray.get(reference)
         except RayError as error:
             raise_if_ours(error)
+            if isinstance(root_cause(error), OSError):
+                raise OutputError(f"{part_name} cannot be written: {describe_error(error)}") from error
             raise ClusterError(f"{part_name} cannot be written: {describe_error(error)}") from error
         self._trace.beside("write", started, time.time() - started, part=part_name)
-        self._tracker.committed(shard_index, info)
-        self._clock.last_commit()
+        self._commits.submit(shard_index, attempt, generation=max(r.pipeline.generation for r in self._replicas))
+
+    def _note_commits(self) -> None:
+        """Parts that have come into the ledger."""
+        for commit in self._commits.done():
+            self._trace.beside("commit", commit.started, commit.seconds, part=commit.info.name)
+            self._tracker.committed(commit.shard_index, commit.info)
+            self._clock.last_commit()
+            self._progress_at = time.monotonic()
+
+    def _commit_what_is_whole(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        """When the job ends early: shards that are whole are written already, or are being written."""
+        if error is None or isinstance(error, OutputError | LeaseLostError):
+            return
+        deadline = time.monotonic() + LEAVE_S
+        try:
+            while self._writes and time.monotonic() < deadline:
+                ready, _ = ray.wait(list(self._writes), num_returns=1, timeout=WAIT_S, fetch_local=False)
+                for reference in ready:
+                    self._write_done(reference)
+        except (RayMinistralError, RayError) as later:  # what ended the job is what is told
+            logger.warning("not everything that was whole could be committed: %s", later)
+        self._commits.close(max(0.0, deadline - time.monotonic()))
 
     def _check_for_hang(self) -> None:
         """Nothing has happened for a while. Within the time-out that is slow, beyond it hung."""
@@ -342,6 +384,7 @@ class Captioner:
         steps = sum(len(replica.in_flight) for replica in self._replicas)
         under_way = [f"{steps} steps"] if steps else []
         under_way += [f"the writing of {self._job.plan.shards[index].part_name}" for index, _ in self._writes.values()]
+        under_way += [f"the commit of {name}" for name in self._commits.under_way]
         under_way += [f"the preparing of {place}" for place in self._feeder.under_way()]
         raise StageDiedError(
             f"nothing has come back for {silent:.0f} s; {', '.join(stuck) or 'all stages answer'}; under way: "
