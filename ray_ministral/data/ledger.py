@@ -14,7 +14,7 @@ Anything else is done again and overwritten: a part without an entry (a crash be
 rename that left half a file), an entry that is damaged, without a file, or with a file of another size.
 
 **A commit** is made by the driver alone, which holds the lease: it looks whether it still does, renames the attempt,
-syncs the folder, looks again, and writes the entry. Writers only make attempts, so one that was given up can do no harm.
+syncs the folder, looks again, and writes the entry. Writers only make attempts: one that was given up does no harm.
 
 **A part that is replaced** (`--retry-failed`) must not be lost in a crash, the older captions neither. So its entry is
 first written again with the new one beside it (`next`); then come rename, sync and the new entry. Where an entry with
