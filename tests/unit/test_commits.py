@@ -169,6 +169,35 @@ def test_killed_between_any_two_steps(
     assert 0 < turn < len(outcomes) - 1
 
 
+@pytest.mark.parametrize("step", ["_rename", "_sync"])
+def test_two_files_of_one_size_are_told_apart(
+    tmp_path: Path, shards: list[Shard], monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    output = tmp_path / "out"
+    with closing(Ledger.open(str(output), PRINT)) as ledger:
+        old = attempt_at(ledger, shards[0], "old")
+        ledger.commit(old, generation=0)
+        new = attempt_at(ledger, shards[0], "new")
+        assert old.info.bytes == new.info.bytes
+        assert old.sha256 != new.sha256
+
+        def die(*_: object) -> None:
+            raise Died
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Ledger, step, die)
+            with pytest.raises(Died):
+                ledger.commit(new, generation=1)
+    with closing(Ledger.open(str(output), PRINT)) as ledger:
+        ledger.committed()
+        entry = ledger._entry_of(shards[0].part_name)
+    assert entry is not None
+    assert (entry.sha256, entry.generation) == ((old.sha256, 0) if step == "_rename" else (new.sha256, 1))
+    assert entry.next is None
+    caption = pq.read_table(output / shards[0].part_name)["caption"][0].as_py()
+    assert caption == ("old" if step == "_rename" else "new")
+
+
 class Died(Exception):
     pass
 

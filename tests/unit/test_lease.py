@@ -265,6 +265,8 @@ import sys
 from ray_ministral.data import lease as lease_module
 from ray_ministral.data.files import locate
 from ray_ministral.errors import ConfigError
+if sys.argv[2] == "no locks":
+    lease_module._flock = lambda descriptor: False
 print("ready", flush=True)
 sys.stdin.readline()  # all at once
 try:
@@ -284,9 +286,9 @@ def line_of(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
-@pytest.mark.parametrize("stale", [False, True])
-def test_of_many_that_start_at_once_one_wins(tmp_path: Path, stale: bool) -> None:
-    command = [sys.executable, "-c", RIVAL, str(tmp_path / "out")]
+@pytest.mark.parametrize(("stale", "locks"), [(False, "locks"), (False, "no locks"), (True, "locks")])
+def test_of_many_that_start_at_once_one_wins(tmp_path: Path, stale: bool, locks: str) -> None:
+    command = [sys.executable, "-c", RIVAL, str(tmp_path / "out"), locks]
     (tmp_path / "out").mkdir()
     pipe = subprocess.PIPE
     for _ in range(3):
