@@ -336,3 +336,12 @@ def test_a_hidden_process_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     assert holder.state() == "unknown"
     monkeypatch.setattr(os, "kill", fate(ProcessLookupError))
     assert holder.state() == "gone"
+
+
+def test_without_locks_a_lease_is_created_once(tmp_path: Path) -> None:
+    """Two that have both seen that there is none."""
+    folder = locate(str(tmp_path))
+    first, second = elsewhere(run="first"), elsewhere(run="second")
+    assert lease_module._create(folder, first.to_bytes())
+    assert not lease_module._create(folder, second.to_bytes())
+    assert held(folder) == first
