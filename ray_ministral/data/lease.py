@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
 from ray_ministral.data.files import TEMPORARY_PREFIX, Location, delete_quietly, typed_full_disk, write_file
@@ -108,7 +109,7 @@ class Lease:
             try:
                 self._renew()
                 failing = False
-            except OSError as error:
+            except (OSError, pa.ArrowException) as error:
                 if not failing:
                     logger.warning("the lease of %s cannot be renewed: %s", self._folder.name, error)
                 failing = True
@@ -117,6 +118,8 @@ class Lease:
         # Nobody listens to the heartbeat: that the lease is lost is said by `raise_if_lost`, in the driver's loop.
         with contextlib.suppress(LeaseLostError), _locked(self._folder):
             self.check()
+            if self._ended.is_set():  # while we waited for the lock or the disk
+                return
             self._holder = replace(self._holder, counter=self._holder.counter + 1)
             write_file(self._folder, LEASE_FILE, self._holder.to_bytes(), durable=False)
 

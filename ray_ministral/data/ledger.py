@@ -126,18 +126,22 @@ class Ledger:
     def committed(self) -> dict[str, PartInfo]:
         """The committed parts by name, as their entries have them.
 
-        Parts that do not count are named in a warning; their entries, if they have any, are removed. Raises OSError.
+        Parts that do not count are named in a warning; their entries, if they have any, are removed. Raises ConfigError
+        where the folder cannot be read any more.
         """
-        sizes = {name: info.size for name, info in _listing(self._folder).items() if _is_part(name)}
-        if self._lease is None and self._is_of_old:
-            return {name: entry.info for name, entry in self._read_footers(sorted(sizes)).items()}
-        names = sorted(sizes.keys() | {name.removesuffix(SUFFIX) for name in self._entry_names()})
-        with ThreadPoolExecutor(max_workers=READS_AT_ONCE) as pool:
-            results = list(pool.map(lambda name: self._settled(name, sizes.get(name)), names))
-        entries = {result.part: result for result in results if isinstance(result, Entry)}
-        again = [f"{name} ({reason})" for name, reason in zip(names, results, strict=True) if isinstance(reason, str)]
-        _warn_of(self._folder, again)
-        return {name: entry.info for name, entry in entries.items()}
+        with _typed_errors(self._folder):
+            sizes = {name: info.size for name, info in _listing(self._folder).items() if _is_part(name)}
+            if self._lease is None and self._is_of_old:
+                return {name: entry.info for name, entry in self._read_footers(sorted(sizes)).items()}
+            names = sorted(sizes.keys() | {name.removesuffix(SUFFIX) for name in self._entry_names()})
+            with ThreadPoolExecutor(max_workers=READS_AT_ONCE) as pool:
+                results = list(pool.map(lambda name: self._settled(name, sizes.get(name)), names))
+            entries = {result.part: result for result in results if isinstance(result, Entry)}
+            again = [
+                f"{name} ({reason})" for name, reason in zip(names, results, strict=True) if isinstance(reason, str)
+            ]
+            _warn_of(self._folder, again)
+            return {name: entry.info for name, entry in entries.items()}
 
     def commit(self, attempt: Attempt, *, generation: int) -> PartInfo:
         """Gives an attempt its final name, then enters it; see the top of this file. Only the driver calls this.
@@ -155,11 +159,6 @@ class Ledger:
                 self._sync()
                 self._check_lease()
                 self._enter(entry)
-        except FileNotFoundError as error:
-            raise OutputError(
-                f"{attempt.name}, which a worker has written, is not in {self._folder.name} as the driver sees it: "
-                "--output must be a folder that all nodes share, or a filesystem URI"
-            ) from error
         except OSError as error:
             raise OutputError(
                 f"{self._folder.child(name).name} cannot be committed: {error}; mend that, and the same command goes on"
@@ -314,7 +313,13 @@ class Ledger:
             self._enter(before.replaced_by(entry))
 
     def _rename(self, attempt: Attempt) -> None:
-        put_in_place(self._folder, attempt.name, attempt.info.name)
+        try:
+            put_in_place(self._folder, attempt.name, attempt.info.name)
+        except FileNotFoundError as error:
+            raise OutputError(
+                f"{attempt.name}, which a worker has written, is not in {self._folder.name} as the driver sees it: "
+                "--output must be a folder that all nodes share, or a filesystem URI"
+            ) from error
 
     def _sync(self) -> None:
         sync_folder(self._folder)

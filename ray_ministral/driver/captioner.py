@@ -362,6 +362,8 @@ class Captioner:
         if error is None or isinstance(error, OutputError | LeaseLostError):
             return
         deadline = time.monotonic() + LEAVE_S
+        if under_way := len(self._writes) + len(self._commits.under_way):
+            logger.info("committing %d parts that are whole, in at most %.0f s", under_way, LEAVE_S)
         try:
             while self._writes and time.monotonic() < deadline:
                 ready, _ = ray.wait(list(self._writes), num_returns=1, timeout=WAIT_S, fetch_local=False)
