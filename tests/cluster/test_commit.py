@@ -45,18 +45,21 @@ from ray_ministral.data.ledger import Ledger
 
 step, when, script = sys.argv[1], sys.argv[2], sys.argv[3]
 sys.argv = sys.argv[3:]
-real, calls = getattr(Ledger, step), 0
+real, commit, commits = getattr(Ledger, step), Ledger.commit, 0
+
+def counted(self, *arguments, **options):
+    global commits
+    commits += 1
+    return commit(self, *arguments, **options)
 
 def deadly(self, *arguments):
-    global calls
-    calls += 1
-    strike = calls == (3 if step == "_check_lease" else 2)  # which is looked at twice in a commit
-    if strike and when == "before":
+    if commits == 2 and when == "before":
         os.kill(os.getpid(), signal.SIGKILL)
     real(self, *arguments)
-    if strike and when == "after":
+    if commits == 2 and when == "after":
         os.kill(os.getpid(), signal.SIGKILL)
 
+Ledger.commit = counted
 setattr(Ledger, step, deadly)
 runpy.run_path(script, run_name="__main__")
 """
