@@ -16,6 +16,8 @@
     └── ClusterError          the cluster could not carry the job; exit status 4
         ├── PlacementError    no room for the stages
         ├── StageDiedError    a stage actor died, hung or could not start
+        ├── OutputError       the output cannot be written: a full disk, a full object store
+        ├── LeaseLostError    another job has taken over the output folder
         └── StaleStepError    a step of a pipeline as it was before a stage was replaced; nobody waits for it
 
 A message says what it got, what it wanted and what to change. Bugs are not in this tree: they stay
@@ -128,3 +130,11 @@ class StageDiedError(ClusterError):
 
 class StaleStepError(ClusterError):
     """A step of an older generation came to a stage: the driver has given it up."""
+
+
+class OutputError(ClusterError):
+    """The output cannot be written, often for want of room. The same command goes on once it can."""
+
+
+class LeaseLostError(ClusterError):
+    """Another job has taken over the output folder; this one may commit nothing more."""

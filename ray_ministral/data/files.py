@@ -9,7 +9,9 @@ file is called inside its pyarrow filesystem.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fnmatch
+import hashlib
 import os
 import re
 import uuid
@@ -21,10 +23,13 @@ from urllib.parse import quote, unquote, urlsplit
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from ray_ministral.errors import InputError
+from ray_ministral.errors import InputError, OutputError
 
 TEMPORARY_PREFIX = "_tmp."
 """Files under this name are attempts that never were committed; Spark-like readers skip the leading underscore."""
+
+_READ_BYTES = 1 << 20
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 _URI = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
 _GLOB = re.compile(r"[*?\[]")
@@ -112,40 +117,123 @@ def find_files(inputs: Sequence[str], *, option: str = "--input") -> list[FoundF
     return files
 
 
-def write_file(folder: Location, name: str, data: bytes) -> None:
+@dataclass(frozen=True)
+class Written:
+    """A file under a temporary name, whole and on local disks synced: its name in the folder, bytes, SHA-256 in hex."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+def write_file(folder: Location, name: str, data: bytes, *, durable: bool = True) -> None:
     """Writes `folder/name` so that it is there whole or not at all. The folder exists.
 
-    Raises OSError.
+    With `durable` false nothing is synced: for what means nothing after a crash of the machine. Raises OSError.
     """
 
     def fill(stream: pa.NativeFile) -> None:
         stream.write(data)
 
-    write_atomically(folder, name, fill)
+    write_atomically(folder, name, fill, durable=durable)
 
 
-def write_atomically(folder: Location, name: str, fill: Callable[[pa.NativeFile], None]) -> int:
+def write_atomically(
+    folder: Location, name: str, fill: Callable[[pa.NativeFile], None], *, durable: bool = True
+) -> int:
     """Lets `fill` write a stream, then gives the file its name `folder/name`; returns its size in bytes.
 
     The bytes go to a temporary name that no other attempt has, are synced, and renamed; an older file of that name is
     replaced. Where renaming is not atomic (object stores) an object still appears whole, since it is copied whole.
     Whatever `fill` raises is raised again, and nothing is left behind.
     """
+    written = write_temporary(folder, name, fill, durable=durable)
+    try:
+        put_in_place(folder, written.name, name)
+    except BaseException:
+        delete_quietly(folder.child(written.name))
+        raise
+    if durable:
+        sync_folder(folder)
+    return written.bytes
+
+
+def write_temporary(
+    folder: Location, name: str, fill: Callable[[pa.NativeFile], None], *, durable: bool = True
+) -> Written:
+    """Lets `fill` write a stream that becomes an attempt at `folder/name`, under a temporary name that nobody else has.
+
+    The checksum is taken of the bytes on their way. Whatever `fill` raises is raised again, and nothing is left behind.
+    """
     temporary = folder.child(f"{TEMPORARY_PREFIX}{name}.{uuid.uuid4().hex}")
-    final = folder.child(name)
     try:
         with folder.filesystem.open_output_stream(temporary.path) as stream:
-            fill(stream)
-            size = int(stream.tell())
-        if folder.is_local:
+            sink = _HashingSink(stream)
+            fill(pa.PythonFile(sink, mode="w"))
+        if durable and folder.is_local:
             sync(temporary.path)
-        folder.filesystem.move(temporary.path, final.path)
     except BaseException:
-        _delete_quietly(temporary)
+        delete_quietly(temporary)
         raise
+    return Written(temporary.path.rpartition("/")[2], sink.bytes, sink.digest.hexdigest())
+
+
+def put_in_place(folder: Location, temporary: str, name: str) -> None:
+    """Renames within a folder, over an older file of that name. Raises OSError."""
+    folder.filesystem.move(folder.child(temporary).path, folder.child(name).path)
+
+
+def sync_folder(folder: Location) -> None:
+    """Makes the names in a folder outlive a crash of the machine, where the filesystem is local. Raises OSError."""
     if folder.is_local:
         sync(folder.path)
-    return size
+
+
+def sha256_of(place: Location) -> str:
+    """The SHA-256 of a file, in hex; reads it whole. Raises OSError."""
+    digest = hashlib.sha256()
+    with place.filesystem.open_input_stream(place.path) as stream:
+        while chunk := stream.read(_READ_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def typed_full_disk(what: str) -> Iterator[None]:
+    """Turns the error of a full disk (or quota, or size limit) while `what` is written into an OutputError.
+
+    Other errors pass as they are.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise OutputError(
+                f"{what} cannot be written, there is no room: {error}; make some, and the same command goes on"
+            ) from error
+        raise
+
+
+class _HashingSink:
+    """What is written passes on to a stream, counted and hashed; closing it leaves the stream open."""
+
+    def __init__(self, stream: pa.NativeFile) -> None:
+        self._stream = stream
+        self.digest = hashlib.sha256()
+        self.bytes = 0
+        self.closed = False
+
+    def write(self, data: bytes) -> int:
+        self._stream.write(data)
+        self.digest.update(data)
+        self.bytes += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def close(self) -> None:
+        self.closed = True
 
 
 def sync(path: str | os.PathLike[str]) -> None:
@@ -157,8 +245,8 @@ def sync(path: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
-def _delete_quietly(place: Location) -> None:
-    # It may never have been begun, or be gone already; the error that brought us here is the one to show.
+def delete_quietly(place: Location) -> None:
+    """Removes a file if it can be removed: it may never have been begun, or be gone already."""
     with contextlib.suppress(OSError):
         place.filesystem.delete_file(place.path)
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_ministral.data.columns import output_fields
-from ray_ministral.data.files import Location, locate, write_atomically
+from ray_ministral.data.files import Location, locate, typed_full_disk, write_temporary
 from ray_ministral.data.parquet import read_columns
 from ray_ministral.data.shards import Shard
 from ray_ministral.errors import InputError
@@ -49,7 +49,7 @@ class OutputRow(Protocol):
 
 @dataclass(frozen=True)
 class PartInfo:
-    """A committed part: its name, size in bytes, and how many of its rows have which status."""
+    """A part: its name, size in bytes, and how many of its rows have which status."""
 
     name: str
     rows: int
@@ -67,6 +67,15 @@ class PartInfo:
         return self.rows - self.ok
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """A part that is written and not committed: what it will be, its temporary name, SHA-256 of its bytes in hex."""
+
+    info: PartInfo
+    name: str
+    sha256: str
+
+
 def write_part(
     shard: Shard,
     results: Sequence[OutputRow],
@@ -74,13 +83,14 @@ def write_part(
     output: str,
     carried_columns: Sequence[str],
     with_token_ids: bool = False,
-) -> PartInfo:
-    """Writes the part of `shard` into the folder `output` (which exists): carried columns, then the results.
+) -> Attempt:
+    """Writes an attempt at the part of `shard` into the folder `output`: carried columns, then the results.
 
-    The carried columns are read again from the input and keep their types. `results` are in any order, exactly one for
-    each row; ValueError else, since that is a bug of the caller and no row may be lost or doubled. The part appears
-    under its final name whole or not at all; an older part of that name is replaced. Raises InputError where the input
-    cannot be read any more, OSError where the output cannot be written.
+    It lies there whole, on local disks synced, under a temporary name of its own: the driver alone gives a part its
+    final name, with `Ledger.commit`. The carried columns are read again from the input and keep their types. `results`
+    are in any order, exactly one for each row; ValueError else, since that is a bug of the caller and no row may be
+    lost or doubled. Raises InputError where the input cannot be read any more, OutputError where there is no room for
+    the output, OSError where it cannot be written for another reason; nothing is left behind then.
     """
     by_row = {result.row: result for result in results}
     wanted = range(shard.start, shard.stop)
@@ -106,8 +116,11 @@ def write_part(
         with pq.ParquetWriter(stream, schema, compression="zstd") as writer:
             writer.write_table(table, row_group_size=max(1, table.num_rows))
 
-    size = write_atomically(locate(output), shard.part_name, fill)
-    return PartInfo(name=shard.part_name, rows=len(ordered), status_counts=counts, bytes=size)
+    folder = locate(output)
+    with typed_full_disk(folder.child(shard.part_name).name):
+        written = write_temporary(folder, shard.part_name, fill)
+    info = PartInfo(name=shard.part_name, rows=len(ordered), status_counts=counts, bytes=written.bytes)
+    return Attempt(info=info, name=written.name, sha256=written.sha256)
 
 
 def read_part_info(folder: Location, name: str) -> PartInfo:

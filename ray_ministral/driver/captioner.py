@@ -9,7 +9,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,8 @@ from ray_ministral.captioning.plan import StepPlan
 from ray_ministral.captioning.request import OK, PreparedRow, RowFailure, RowResult
 from ray_ministral.captioning.suspects import Suspects, Verdict
 from ray_ministral.config import CaptionConfig, StageOptions
+from ray_ministral.data.commits import LEAVE_S, Commits
+from ray_ministral.data.parts import Attempt
 from ray_ministral.driver import tasks
 from ray_ministral.driver.clock import Clock
 from ray_ministral.driver.cluster import Resolved, connected, resolve
@@ -39,7 +41,14 @@ from ray_ministral.driver.step_spans import StepSpans
 from ray_ministral.driver.summary import CaptionSummary, StageFigures
 from ray_ministral.driver.supervisor import Supervisor
 from ray_ministral.driver.trace import Trace
-from ray_ministral.errors import ClusterError, StageDiedError, TooManyErrorsError
+from ray_ministral.errors import (
+    ClusterError,
+    LeaseLostError,
+    OutputError,
+    RayMinistralError,
+    StageDiedError,
+    TooManyErrorsError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +92,15 @@ class Captioner:
         """Plan, start, loop until every part is committed, clean up; see `caption`."""
         job = CaptionJob.plan_job(self.config)
         self._clock.lap("plan")
-        if job.finished is not None:
-            logger.info("%s is finished already: nothing to do", job.ledger.output)
-            return job.finished
+        with closing(job.ledger):
+            if job.finished is not None:
+                logger.info("%s is finished already: nothing to do", job.ledger.output)
+                return job.finished
+            summary = self._run(job)
+            job.ledger.finish(summary.to_json())
+            return summary
+
+    def _run(self, job: CaptionJob) -> CaptionSummary:
         with ExitStack() as stack:
             self._job, self._split = job, job.split
             self._tracker = PartTracker(job.plan.shards, job.committed, job.failed_rows)
@@ -99,13 +114,13 @@ class Captioner:
                 self._launch()
                 self._handle_events()
                 self._supervise()
+                self._note_commits()
                 self._spans.poll()
                 progress.update(**vars(self._tracker.totals))
             summary = self._summary()
             for line in self._split.outcome(summary.stage_busy):
                 progress.message(line)
-        job.ledger.finish(summary.to_json())
-        return summary
+            return summary
 
     # Starting
 
@@ -120,6 +135,8 @@ class Captioner:
             self._supervisor = self._start_replicas(stack)
         self._spans = StepSpans(self._trace, [replica.pipeline for replica in self._replicas])
         stack.callback(self._spans.finish)
+        self._commits = stack.enter_context(Commits(self._job.ledger))
+        stack.push(self._commit_what_is_whole)
         self._progress_at = time.monotonic()
 
     def _start_replicas(self, stack: ExitStack) -> Supervisor:
@@ -252,7 +269,9 @@ class Captioner:
         if any(replica.room for replica in self._replicas) and self._feeder.waitable() is not None:
             waitables.append(self._feeder.waitable())
         if not waitables:
-            assert self._tracker.done, "rows are missing, and nothing is under way that could bring them"
+            assert not self._commits.is_idle, "rows are missing, and nothing is under way that could bring them"
+            if not self._commits.wait(WAIT_S):
+                self._check_for_hang()
             return
         with self._trace.driver("wait"):
             ray.wait(waitables, num_returns=1, timeout=WAIT_S, fetch_local=False)
@@ -372,13 +391,41 @@ class Captioner:
         shard_index, started = self._writes.pop(reference)
         part_name = self._job.plan.shards[shard_index].part_name
         try:
-            info = ray.get(reference)
+            attempt: Attempt = ray.get(reference)
         except RayError as error:
             raise_if_ours(error)
+            if isinstance(root_cause(error), OSError):
+                raise OutputError(f"{part_name} cannot be written: {describe_error(error)}") from error
             raise ClusterError(f"{part_name} cannot be written: {describe_error(error)}") from error
         self._trace.beside("write", started, time.time() - started, part=part_name)
-        self._tracker.committed(shard_index, info)
-        self._clock.last_commit()
+        self._commits.submit(shard_index, attempt, generation=self._generation())
+
+    def _generation(self) -> int:
+        return max((replica.pipeline.generation for replica in self._replicas), default=0)
+
+    def _note_commits(self) -> None:
+        """Parts that have come into the ledger."""
+        for commit in self._commits.done():
+            self._trace.beside("commit", commit.started, commit.seconds, part=commit.info.name)
+            self._tracker.committed(commit.shard_index, commit.info)
+            self._clock.last_commit()
+            self._progress_at = time.monotonic()
+
+    def _commit_what_is_whole(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        """When the job ends early: shards that are whole are written already, or are being written."""
+        if error is None or isinstance(error, OutputError | LeaseLostError):
+            return
+        deadline = time.monotonic() + LEAVE_S
+        if under_way := len(self._writes) + len(self._commits.under_way):
+            logger.info("committing %d parts that are whole, in at most %.0f s", under_way, LEAVE_S)
+        try:
+            while self._writes and time.monotonic() < deadline:
+                ready, _ = ray.wait(list(self._writes), num_returns=1, timeout=WAIT_S, fetch_local=False)
+                for reference in ready:
+                    self._write_done(reference)
+        except (RayMinistralError, RayError) as later:  # what ended the job is what is told
+            logger.warning("not everything that was whole could be committed: %s", later)
+        self._commits.close(max(0.0, deadline - time.monotonic()))
 
     def _supervise(self) -> None:
         if self._supervisor is not None:
@@ -399,6 +446,7 @@ class Captioner:
             return
         under_way = [f"{steps} steps"] if steps else []
         under_way += [f"the writing of {self._job.plan.shards[index].part_name}" for index, _ in self._writes.values()]
+        under_way += [f"the commit of {name}" for name in self._commits.under_way]
         under_way += [f"the preparing of {place}" for place in self._feeder.under_way()]
         raise ClusterError(
             f"nothing has come back for {silent:.0f} s, though all stages answer; under way: {', '.join(under_way)}. "

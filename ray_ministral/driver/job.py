@@ -48,7 +48,8 @@ class CaptionJob:
     def plan_job(cls, config: CaptionConfig, *, create: bool = True) -> CaptionJob:
         """Check options, model, input and output against each other; with `create` false, write nothing.
 
-        Raises `UsageError` (ConfigError, ModelError, InputError) with what to change.
+        With `create` true the job has the output folder for itself until its `ledger` is closed. Raises `UsageError`
+        (ConfigError, ModelError, InputError) with what to change, `OutputError` for a full disk.
         """
         model_dir = os.path.abspath(config.model)
         hf_config = load_config(model_dir)
@@ -69,29 +70,28 @@ class CaptionJob:
             with_token_ids=config.with_token_ids,
         )
         ledger = Ledger.open(config.output, fingerprint(config, plan), create=create)
-        committed = ledger.committed()
-        failed_rows: dict[int, Sequence[int]] = {}
-        if config.retry_failed:
-            failed_rows = {
-                shard.index: read_failed_rows(ledger.output, shard.part_name)
-                for shard in plan.shards
-                if shard.part_name in committed and committed[shard.part_name].errors
-            }
-        summary = ledger.summary() if ledger.is_finished and not failed_rows else None
-        if failed_rows and create:
-            ledger.reopen()
-        return cls(
-            config=config,
-            model_dir=model_dir,
-            arch=arch,
-            split=split,
-            tokenizer=tokenizer,
-            plan=plan,
-            ledger=ledger,
-            committed=committed,
-            failed_rows=failed_rows,
-            finished=None if summary is None else CaptionSummary(**summary),
-        )
+        try:
+            committed = ledger.committed()
+            failed_rows = _failed_rows(ledger, plan, committed) if config.retry_failed else {}
+            whole = not failed_rows and all(shard.part_name in committed for shard in plan.shards)
+            summary = ledger.summary() if ledger.is_finished and whole else None
+            if not whole and create:
+                ledger.reopen()
+            return cls(
+                config=config,
+                model_dir=model_dir,
+                arch=arch,
+                split=split,
+                tokenizer=tokenizer,
+                plan=plan,
+                ledger=ledger,
+                committed=committed,
+                failed_rows=failed_rows,
+                finished=None if summary is None else CaptionSummary(**summary),
+            )
+        except BaseException:
+            ledger.close()
+            raise
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -140,6 +140,16 @@ class CaptionJob:
                 f"(at {bytes_each} bytes a value)"
             )
         return "\n".join(lines)
+
+
+def _failed_rows(ledger: Ledger, plan: ShardPlan, committed: Mapping[str, PartInfo]) -> dict[int, Sequence[int]]:
+    """By shard, the rows of committed parts that have no caption."""
+    rows = {
+        shard.index: read_failed_rows(ledger.output, shard.part_name)
+        for shard in plan.shards
+        if shard.part_name in committed and committed[shard.part_name].errors
+    }
+    return {index: failed for index, failed in rows.items() if failed}
 
 
 def finish_reason(generated: Sequence[int], *, sampling: SamplingConfig, tokenizer: ChatTokenizer) -> str | None:

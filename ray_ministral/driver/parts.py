@@ -91,6 +91,6 @@ class PartTracker:
         return self._results.pop(shard_index)
 
     def committed(self, shard_index: int, info: PartInfo) -> None:
-        """A part has its final name."""
+        """A part is in the ledger."""
         del self._pending[shard_index]
         self._committed[info.name] = info.status_counts

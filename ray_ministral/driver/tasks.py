@@ -1,4 +1,4 @@
-"""The Ray tasks of a captioning job: preparing rows and writing parts, away from the driver.
+"""The Ray tasks of a captioning job: preparing rows and writing attempts at parts, away from the driver.
 
 They reserve no CPU: a small cluster gives all of its cores to the stages, and the work must still get done. How many
 run at a time is the driver's decision.
@@ -18,7 +18,7 @@ from ray_ministral.captioning.prepare import RowPreparer
 from ray_ministral.captioning.request import Pixels, PreparedChunk, RowResult
 from ray_ministral.config import ImageLimits, PromptConfig
 from ray_ministral.data.limits import lift_limits
-from ray_ministral.data.parts import PartInfo, read_own_columns, write_part
+from ray_ministral.data.parts import Attempt, read_own_columns, write_part
 from ray_ministral.data.shards import Shard
 from ray_ministral.errors import InputError
 
@@ -70,8 +70,9 @@ def write(
     carried_columns: Sequence[str],
     with_token_ids: bool,
     keep_others: bool,
-) -> PartInfo:
-    """See `data.parts.write_part`. May run twice: a part is replaced by itself.
+) -> Attempt:
+    """See `data.parts.write_part`. May run twice, even at once: each run writes an attempt of its own, under a name of
+    its own, and the driver commits the one that is returned to it. One that was given up can do no harm.
 
     With `keep_others` the part is there already, and rows without a new result keep the one that they have.
     """

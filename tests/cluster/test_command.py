@@ -59,7 +59,7 @@ def begun(model: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory)
     from tests.cluster.inputs import make_config
 
     output = tmp_path_factory.mktemp("begun")
-    CaptionJob.plan_job(make_config(model, pictures, output, prompt="Quite another question."))
+    CaptionJob.plan_job(make_config(model, pictures, output, prompt="Quite another question.")).ledger.close()
     return output
 
 

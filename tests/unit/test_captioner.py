@@ -83,14 +83,18 @@ def test_a_job_of_which_only_the_end_is_missing_needs_no_cluster(
     def write(shard: Shard) -> None:
         results = [result(row) for row in range(shard.start, shard.stop)]
         carried = job.plan.carried_columns
-        write_part(shard, results, output=job.ledger.output, carried_columns=carried, with_token_ids=False)
+        attempt = write_part(shard, results, output=job.ledger.output, carried_columns=carried, with_token_ids=False)
+        job.ledger.commit(attempt, generation=0)
 
     write(first)
+    job.ledger.close()
     with pytest.raises(AssertionError, match="for nothing"):
         Captioner(config).run()
     assert not (output / "_SUCCESS").exists()
 
+    job = CaptionJob.plan_job(config)
     write(last)
+    job.ledger.close()
     summary = Captioner(config).run()
     assert (summary.rows, summary.ok, summary.errors) == (3, 3, 0)
     assert (output / "_SUCCESS").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import hashlib
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -180,8 +181,8 @@ def test_a_dotted_name_is_told_from_a_nested_one(tmp_path: Path) -> None:
     [row] = read(path, text_columns=["image.bytes"])
     assert (row.images, row.texts["image.bytes"]) == ((b"in",), "dotted")
     shard = shards_of(path)[0]
-    write_part(shard, [result(0)], output=str(tmp_path), carried_columns=["image.bytes", "image.path"])
-    assert pq.read_table(tmp_path / shard.part_name).to_pylist()[0]["image.path"] == 5
+    attempt = write_part(shard, [result(0)], output=str(tmp_path), carried_columns=["image.bytes", "image.path"])
+    assert pq.read_table(tmp_path / attempt.name).to_pylist()[0]["image.path"] == 5
 
 
 def test_a_small_file_that_becomes_large_is_read_in_small_pieces(tmp_path: Path) -> None:
@@ -336,8 +337,8 @@ def test_carried_columns_survive_exactly(tmp_path: Path) -> None:
     plan = plan_shards([str(source)], rows_per_shard=4)
     for shard in plan.shards:
         results = [result(row) for row in range(shard.start, shard.stop)]
-        write_part(shard, results, output=str(tmp_path), carried_columns=plan.carried_columns)
-        part = pq.read_table(tmp_path / shard.part_name)
+        attempt = write_part(shard, results, output=str(tmp_path), carried_columns=plan.carried_columns)
+        part = pq.read_table(tmp_path / attempt.name)
         assert part.schema.names[: len(fields)] == [field.name for field in fields]
         for field in fields:
             written = part.schema.field(field.name)
@@ -356,8 +357,9 @@ def test_many_batches_with_different_dictionaries(tmp_path: Path) -> None:
     table = pa.table({"image": [b"x"] * 1000, "label": pa.array(labels).dictionary_encode()})
     path = write(tmp_path / "in.parquet", table)
     shard = shards_of(path, 1000)[0]
-    write_part(shard, [result(row) for row in range(1000)], output=str(tmp_path), carried_columns=["label"])
-    part = pq.read_table(tmp_path / shard.part_name)
+    results = [result(row) for row in range(1000)]
+    attempt = write_part(shard, results, output=str(tmp_path), carried_columns=["label"])
+    part = pq.read_table(tmp_path / attempt.name)
     assert part.column("label").to_pylist() == labels
     assert pa.types.is_dictionary(part.schema.field("label").type)
 
@@ -367,8 +369,9 @@ def test_the_output_columns(tmp_path: Path) -> None:
     shard = shards_of(path, 3)[1]
     failure = RowFailure(status="bad_image", error="broken", stage="decode")
     results = [RowResult.failed(4, failure), result(3)]  # in any order
-    info = write_part(shard, results, output=str(tmp_path), carried_columns=["id"], with_token_ids=True)
-    part = pq.read_table(tmp_path / "part-00000-00000-00000003.parquet")
+    attempt = write_part(shard, results, output=str(tmp_path), carried_columns=["id"], with_token_ids=True)
+    assert attempt.name.startswith("_tmp.part-00000-00000-00000003.parquet.")
+    part = pq.read_table(tmp_path / attempt.name)
     assert part.schema.names == [
         "id",
         "source_file",
@@ -420,20 +423,22 @@ def test_the_output_columns(tmp_path: Path) -> None:
         },
     ]
     expected = PartInfo(
-        name=shard.part_name,
+        name="part-00000-00000-00000003.parquet",
         rows=2,
         status_counts={"ok": 1, "bad_image": 1},
-        bytes=(tmp_path / shard.part_name).stat().st_size,
+        bytes=(tmp_path / attempt.name).stat().st_size,
     )
-    assert info == expected
-    assert (info.ok, info.errors) == (1, 1)
+    assert attempt.info == expected
+    assert attempt.sha256 == hashlib.sha256((tmp_path / attempt.name).read_bytes()).hexdigest()
+    assert (attempt.info.ok, attempt.info.errors) == (1, 1)
+    (tmp_path / attempt.name).rename(tmp_path / shard.part_name)
     assert read_part_info(locate(str(tmp_path)), shard.part_name) == expected
 
 
 def test_no_carried_columns_and_no_token_ids(tmp_path: Path) -> None:
     path = write(tmp_path / "in.parquet", pa.table({"image": [b"x"] * 2}))
-    write_part(shards_of(path)[0], [result(0), result(1)], output=str(tmp_path), carried_columns=[])
-    part = pq.read_table(tmp_path / "part-00000-00000-00000000.parquet")
+    attempt = write_part(shards_of(path)[0], [result(0), result(1)], output=str(tmp_path), carried_columns=[])
+    part = pq.read_table(tmp_path / attempt.name)
     assert part.schema.names[0] == "source_file"
     assert part.schema.names[-1] == "attempts"
     assert part.num_rows == 2
@@ -444,18 +449,21 @@ def test_one_result_for_each_row(tmp_path: Path, rows: list[int]) -> None:
     path = write(tmp_path / "in.parquet", pa.table({"image": [b"x"] * 3}))
     with pytest.raises(ValueError, match="one result for each of the rows 0 up to 3"):
         write_part(shards_of(path)[0], [result(row) for row in rows], output=str(tmp_path), carried_columns=[])
-    assert not list(tmp_path.glob("part-*"))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["in.parquet"]
 
 
-def test_writing_again_replaces_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_attempts_at_one_part_lie_side_by_side(tmp_path: Path) -> None:
     path = write(tmp_path / "in.parquet", pa.table({"image": [b"x"]}))
     out = tmp_path / "out"
     out.mkdir()
     shard = shards_of(path)[0]
-    for caption in ("first", "second"):
+    attempts = [
         write_part(shard, [result(0, caption=caption)], output=str(out), carried_columns=[])
-    assert [entry.name for entry in out.iterdir()] == [shard.part_name]
-    assert pq.read_table(out / shard.part_name).column("caption").to_pylist() == ["second"]
+        for caption in ("first", "second")
+    ]
+    assert {entry.name for entry in out.iterdir()} == {attempt.name for attempt in attempts}
+    captions = [pq.read_table(out / attempt.name).column("caption").to_pylist() for attempt in attempts]
+    assert captions == [["first"], ["second"]]
 
 
 def test_an_input_that_lost_a_column(tmp_path: Path) -> None:
