@@ -177,6 +177,7 @@ def test_what_is_whole_is_committed_before_leaving(
         finish(run, 130)
         assert run.stderr.strip().splitlines()[-1].startswith("stopped: ")
         assert "not committed" not in run.stderr
+        assert "not written" not in run.stderr
     assert len(list((output / "_ledger").glob("part-*"))) >= 1
     assert not (output / "_lease.json").exists()
     summary = caption(make_config(model, pictures, output, stages=1))
