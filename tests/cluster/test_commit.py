@@ -184,7 +184,7 @@ def test_what_is_whole_is_committed_before_leaving(
         assert "not written" not in run.stderr
         whole = re.search(r"committing (\d+) parts that are whole", run.stderr)
     assert whole is not None
-    assert len(list((output / "_ledger").glob("part-*"))) == int(whole[1]) >= 1
+    assert len(list((output / "_ledger").glob("part-*"))) >= int(whole[1]) >= 1
     assert not (output / "_lease.json").exists()
     summary = caption(make_config(model, pictures, output, stages=1))
     assert summary.ok == undisturbed[0].ok
