@@ -425,6 +425,9 @@ class Captioner:
                     self._write_done(reference)
         except (RayMinistralError, RayError) as later:  # what ended the job is what is told
             logger.warning("not everything that was whole could be committed: %s", later)
+        if self._writes:
+            names = [self._job.plan.shards[index].part_name for index, _ in self._writes.values()]
+            logger.warning("not written in time, and done again by the same command: %s", ", ".join(names))
         self._commits.close(max(0.0, deadline - time.monotonic()))
 
     def _supervise(self) -> None:
