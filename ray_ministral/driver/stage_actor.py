@@ -146,7 +146,18 @@ class StageActor:
         return [] if self._stage is None else self._stage.times.take()
 
 
+ACTOR_OPTIONS: dict[str, Any] = {
+    "max_restarts": 0,
+    "max_task_retries": 0,
+    "concurrency_groups": {HEALTH: 1},
+    "allow_out_of_order_execution": True,
+}
+"""Ray restarts and retries nothing: the driver decides what a death means. Nor may Ray keep calls in order: else one
+whose input is not there yet, of a stage that hangs, would hold up all later ones, those to the health group too, and
+stages behind would seem to hang. Microbatches do not depend on one another; steps of an old generation are refused."""
+
+
 def stage_actor_class() -> Any:
-    """`StageActor` as a Ray actor class. Ray restarts and retries nothing: the driver decides what a death means."""
+    """`StageActor` as a Ray actor class."""
     remote: Any = ray.remote  # its type stubs lack concurrency groups
-    return remote(max_restarts=0, max_task_retries=0, concurrency_groups={HEALTH: 1})(StageActor)
+    return remote(**ACTOR_OPTIONS)(StageActor)

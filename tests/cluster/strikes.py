@@ -13,13 +13,13 @@ from typing import Any
 import ray
 
 from ray_ministral.config import StageOptions
-from ray_ministral.driver.stage_actor import HEALTH, StageActor
+from ray_ministral.driver.stage_actor import ACTOR_OPTIONS, StageActor
 
 
 def remote(kind: type[StageActor]) -> Any:
     """As `stage_actor_class` does it."""
     make: Any = ray.remote
-    return make(max_restarts=0, max_task_retries=0, concurrency_groups={HEALTH: 1})(kind)
+    return make(**ACTOR_OPTIONS)(kind)
 
 
 def kill_oneself() -> None:

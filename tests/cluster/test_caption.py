@@ -20,7 +20,7 @@ from ray_ministral.captioning.costs import Profile
 from ray_ministral.config import StageOptions
 from ray_ministral.data.columns import output_columns
 from ray_ministral.driver import step_spans
-from ray_ministral.driver.stage_actor import HEALTH, StageActor
+from ray_ministral.driver.stage_actor import ACTOR_OPTIONS, StageActor
 from ray_ministral.driver.summary import CaptionSummary
 from tests.cluster.inputs import BAD_ALBUMS, BAD_PICTURES, make_config, picture, read_output, rows_of
 
@@ -161,7 +161,7 @@ def test_the_model_is_cut_as_the_stages_measured_or_else_by_flops(
 ) -> None:
     config = make_config(model, albums, tmp_path / "out", prompt=PROMPT, with_token_ids=True, stages=2)
     make: Any = ray.remote
-    actor = make(max_restarts=0, max_task_retries=0, concurrency_groups={HEALTH: 1})(kind)
+    actor = make(**ACTOR_OPTIONS)(kind)
     summary = caption(config, stage_actor=actor)
     assert (summary.split_by, summary.layers_per_stage) == (by, layers)
     assert read_output(tmp_path / "out").equals(read_output(run(stages=2)[1])), "captions do not depend on the split"
