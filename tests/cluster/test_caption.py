@@ -76,6 +76,7 @@ def test_the_folder_says_that_it_is_finished(run: Run) -> None:
     summary, output = run(stages=2)
     assert {path.name for path in output.iterdir() if not path.name.startswith("part-")} == {
         "_job.json",
+        "_ledger",
         "_SUCCESS",
         "summary.json",
     }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +20,11 @@ from ray_ministral.config import StageOptions
 from ray_ministral.driver import tasks
 from ray_ministral.driver.stage_actor import StageActor
 from ray_ministral.driver.summary import CaptionSummary
-from ray_ministral.errors import PlacementError, StageDiedError, TooManyErrorsError
+from ray_ministral.errors import PlacementError, TooManyErrorsError
 from tests.cluster.inputs import BAD_PICTURES, GOOD_ROWS, make_config, picture, rows_of
-from tests.cluster.processes import is_alive, wait_for
-from tests.cluster.strikes import remote, stop_oneself
+from tests.cluster.strikes import remote
 
 pytestmark = pytest.mark.usefixtures("clean_cluster")
-
-
-def striking(pid_file: Path, *, stage: int, at: str, strike: Callable[[], None]) -> Any:
-    """An actor class of whose stages one, in `load` or in its third step (`at`), writes down its pid and is struck."""
-
-    class Struck(StageActor):
-        def _strike(self) -> None:
-            pid_file.write_text(str(os.getpid()))
-            strike()
-
-        def load(self, options: StageOptions, *others: Any) -> Any:
-            self._is_the_one = options.spec.is_first if stage == 0 else options.spec.is_last
-            if at == "load" and self._is_the_one:
-                self._strike()
-            return super().load(options, *others)
-
-        def step(self, plan: Any, hidden: Any, *blocks: Any) -> Any:
-            if at == "step" and self._is_the_one and plan.step >= 3:
-                self._strike()
-            return super().step(plan, hidden, *blocks)
-
-    return remote(Struck)
 
 
 @pytest.fixture(scope="module")
@@ -57,20 +34,6 @@ def undisturbed(
     """The pictures captioned without any fault."""
     output = tmp_path_factory.mktemp("undisturbed")
     return caption(make_config(model, pictures, output, stages=2)), output
-
-
-def gone(pid_file: Path) -> Callable[[], bool]:
-    return lambda: not is_alive(int(pid_file.read_text()))
-
-
-def test_a_stage_that_is_stopped_while_it_starts_is_killed(
-    cluster: None, model: Path, pictures: Path, tmp_path: Path
-) -> None:
-    config = make_config(model, pictures, tmp_path / "out", stages=1, start_timeout_s=3.0)
-    actor = striking(tmp_path / "pid", stage=0, at="load", strike=stop_oneself)
-    with pytest.raises(StageDiedError, match="start_timeout_s"):
-        caption(config, stage_actor=actor)
-    wait_for(gone(tmp_path / "pid"), 15, lambda: "the stopped stage is still there")
 
 
 def poisoned(places: set[tuple[int, ...]], *, fuse: Path | None = None) -> Any:

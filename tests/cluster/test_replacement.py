@@ -11,7 +11,7 @@ import pytest
 from ray_ministral import caption
 from ray_ministral.driver.stage_actor import StageActor
 from ray_ministral.driver.summary import CaptionSummary
-from ray_ministral.errors import ClusterError
+from ray_ministral.errors import ClusterError, StageDiedError
 from tests.cluster.inputs import BAD_PICTURES, GOOD_ROWS, make_config, rows_of
 from tests.cluster.processes import is_alive, wait_for
 from tests.cluster.strikes import Strike, kill_oneself, remote, stop_oneself, struck
@@ -125,11 +125,12 @@ def test_two_at_once(expected: list[dict[str, Any]], model: Path, pictures: Path
     assert without_attempts(rows_of(tmp_path / "out")) == expected
 
 
+@pytest.mark.parametrize("at", ["decode", pytest.param("load", marks=pytest.mark.slow)])
 def test_a_stopped_stage_is_ended_and_replaced(
-    expected: list[dict[str, Any]], model: Path, pictures: Path, tmp_path: Path, marks: Path
+    expected: list[dict[str, Any]], model: Path, pictures: Path, tmp_path: Path, marks: Path, at: str
 ) -> None:
-    actor = struck(Strike(marks, "decode", False, strike=stop_oneself))
-    run(actor, model, pictures, tmp_path, health_timeout_s=4.0)
+    actor = struck(Strike(marks, at, False, strike=stop_oneself))
+    run(actor, model, pictures, tmp_path, health_timeout_s=6.0)
     assert without_attempts(rows_of(tmp_path / "out")) == expected
     (pid,) = pids(marks)
     wait_for(lambda: not is_alive(pid), 15, lambda: "the stopped stage is still there")
@@ -150,6 +151,16 @@ def test_a_step_that_nobody_accounts_for_ends_the_job(model: Path, pictures: Pat
     actor = struck(Strike(marks, "call", True, strike=lambda: time.sleep(1000)))
     config = make_config(model, pictures, tmp_path / "out", stages=2, step_timeout_s=4.0, health_timeout_s=2.0)
     with pytest.raises(ClusterError, match=r"nothing has come back for .* though all stages answer; under way: . step"):
+        caption(config, stage_actor=actor)
+
+
+@pytest.mark.slow
+def test_a_stage_that_never_comes_out_of_loading_ends_the_job(
+    model: Path, pictures: Path, tmp_path: Path, marks: Path
+) -> None:
+    actor = struck(Strike(marks, "load", False, strike=lambda: time.sleep(1000)))
+    config = make_config(model, pictures, tmp_path / "out", stages=2, start_timeout_s=25.0)
+    with pytest.raises(StageDiedError, match="start_timeout_s"):
         caption(config, stage_actor=actor)
 
 
