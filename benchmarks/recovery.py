@@ -27,7 +27,7 @@ ROOT = str(Path(__file__).resolve().parents[1])
 if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
 
-from benchmarks.workloads import kept, make_model  # noqa: E402
+from benchmarks.workloads import CAPTION_WORKLOADS, kept, make_caption_rows, make_model  # noqa: E402
 
 NEW_TOKENS = 32
 EVERY_S = 30.0
@@ -83,7 +83,8 @@ def main() -> int:
 def _job(folder: Path, model: Path, name: str, rows: int, stages: int, kills: int, spares: int) -> Measured:
     print(f"{stages} stages, {rows} rows: {name}", file=sys.stderr)
     source = folder / f"rows-{rows}" / "rows.parquet"
-    kept(source.parent, [rows, 224, 0], lambda path: _make_rows(path / source.name, rows))
+    workload = CAPTION_WORKLOADS["1"]
+    kept(source.parent, [repr(workload), rows], lambda path: make_caption_rows(path / source.name, workload, rows))
     output = folder / "run"
     one = {
         "model": str(model),
@@ -100,40 +101,24 @@ def _job(folder: Path, model: Path, name: str, rows: int, stages: int, kills: in
     return Measured(name, told["summary"], _captions(output), told["next_token"], told["killed"])
 
 
-def _make_rows(path: Path, rows: int) -> None:
-    from io import BytesIO
-
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    images = []
-    for _ in range(rows):
-        stream = BytesIO()
-        Image.fromarray(rng.integers(0, 256, (224, 224, 3), dtype=np.uint8)).save(stream, "JPEG")
-        images.append(stream.getvalue())
-    pq.write_table(pa.table({"id": list(range(rows)), "image": pa.array(images, pa.binary())}), path)
-
-
 def _captions(output: Path) -> list[tuple[Any, ...]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     table = pa.concat_tables([pq.read_table(part) for part in sorted(output.glob("part-*.parquet"))])
-    return [(row["id"], row["status"], tuple(row["token_ids"])) for row in table.to_pylist()]
+    return [(row["source_row"], row["status"], tuple(row["token_ids"] or ())) for row in table.to_pylist()]
 
 
 def _run(*, model: str, source: str, output: str, stages: int, kills: int, spares: int) -> dict[str, Any]:
     """One job, in this process; `kills` -1: one every 30 s, at most 1 otherwise."""
-    from ray_ministral.config import CaptionConfig, PipelineConfig, SamplingConfig
+    from ray_ministral.config import CaptionConfig, PipelineConfig, PromptConfig, SamplingConfig
     from ray_ministral.driver.captioner import Captioner
 
     config = CaptionConfig(
         model=model,
         inputs=(source,),
         output=output,
+        prompt=PromptConfig(prompt_column="prompt"),
         sampling=SamplingConfig(max_new_tokens=NEW_TOKENS, ignore_eos=True),
         pipeline=PipelineConfig(stages=stages, spares=spares, threads_per_stage=1),
         rows_per_shard=50,

@@ -30,7 +30,7 @@ from ray_ministral.driver.cluster import Resolved, connected, resolve
 from ray_ministral.driver.feeder import Feeder, Prepared
 from ray_ministral.driver.job import CaptionJob
 from ray_ministral.driver.parts import PartTracker
-from ray_ministral.driver.pipeline import NewActor, Pipeline, describe_error, raise_if_ours, root_cause
+from ray_ministral.driver.pipeline import NewActor, Pipeline, describe_error, lost_objects, raise_if_ours, root_cause
 from ray_ministral.driver.policies import too_many_errors
 from ray_ministral.driver.profiling import Profiling
 from ray_ministral.driver.progress import Progress
@@ -310,23 +310,34 @@ class Captioner:
         logger.warning("%s: step %d failed: %s", replica.pipeline.name, plan.step, describe_error(error))
         if isinstance(cause, RayError):
             # No fault of the rows: their pixels, or a stage's result, were lost with a node.
-            entering = rows[len(rows) - len(plan.prefills) :]
-            self._prepare_again([request for request in entering if request.pixels is not None])
-            replica.scheduler.add_first([request for request in rows if request.pixels is None or not request.is_new])
+            replica.scheduler.add_first(rows)
+            self._prepare_lost(rows[plan.num_decode :])
             return
         verdict = self._suspects.after_error(rows)
         replica.scheduler.add_first(verdict.again)
         stage = "prefill" if plan.prefills else "decode_token"
         self._give_up(verdict, f"{describe_error(error)}", stage)
 
-    def _prepare_again(self, requests: Sequence[Request]) -> None:
-        """Read rows once more whose pixels are gone; what they have generated is kept."""
-        for request in requests:
-            key: RowKey = request.key
-            request.pixels = None
-            self._without_pixels[key.shard_index, key.row] = request
+    def _prepare_lost(self, entering: Sequence[Request]) -> None:
+        """Read rows once more whose pixels are gone: of a step that missed some, and of all that wait for theirs.
+
+        What they have generated is kept.
+        """
+        queues = [self._homeless, *(replica.scheduler.waiting for replica in self._replicas)]
+        waiting = [request for queue in queues for request in queue if request.pixels is not None]
+        gone = lost_objects({request.pixels[0] for request in waiting if request.pixels is not None})
+        gone |= {request.pixels[0] for request in entering if request.pixels is not None}
+        lost = [request for request in waiting if request.pixels is not None and request.pixels[0] in gone]
+        for queue in queues:
+            kept = [request for request in queue if request.pixels is None or request.pixels[0] not in gone]
+            queue.clear()
+            queue.extend(kept)
         shards = self._job.plan.shards
-        self._feeder.again([replace(shards[r.key.shard_index], start=r.key.row, stop=r.key.row + 1) for r in requests])
+        for request in lost:
+            request.pixels = None
+            self._without_pixels[request.key.shard_index, request.key.row] = request
+        rows = [(shards[request.key.shard_index], request.key.row) for request in lost]
+        self._feeder.again([replace(shard, start=row, stop=row + 1) for shard, row in rows])
 
     def _stage_died(self, verdict: Verdict, error: StageDiedError) -> None:
         """A replica gives its rows back."""

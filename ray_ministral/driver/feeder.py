@@ -88,9 +88,7 @@ class Feeder:
     """Takes shards, gives `Prepared` chunks in the same order."""
 
     def __init__(self, shards: Iterable[Shard], start: StartPrepare, units_ahead: int = UNITS_AHEAD) -> None:
-        self._todo = deque(
-            (list(unit), 0) for _, unit in groupby(shards, key=lambda shard: (shard.file_index, shard.row_group))
-        )
+        self._todo = deque((list(unit), 0) for _, unit in groupby(shards, key=_row_group))
         self._start = start
         self._units: deque[_Unit] = deque()
         self._ahead = units_ahead
@@ -103,8 +101,9 @@ class Feeder:
         return not self._units and not self._todo and not self._ready
 
     def again(self, shards: Sequence[Shard]) -> None:
-        """Prepare these once more, before what has not been begun."""
-        self._todo.extendleft(([shard], 0) for shard in reversed(shards))
+        """Prepare these once more, before what has not been begun: those of a row group in one pass."""
+        ordered = sorted(shards, key=lambda shard: (*_row_group(shard), shard.start))
+        self._todo.extendleft(reversed([(list(unit), 0) for _, unit in groupby(ordered, key=_row_group)]))
         self.fill()
 
     def fill(self) -> None:
@@ -127,7 +126,8 @@ class Feeder:
 
     def under_way(self) -> list[str]:
         """What is being prepared, for people."""
-        return [f"row {u.row} of row group {u.shards[0].row_group} of {u.shards[0].file}" for u in self._units]
+        rest = [(unit.row, unit.shards[0]) for unit in self._units if unit.shards]  # else all of its rows are here
+        return [f"row {row} of row group {shard.row_group} of {shard.file}" for row, shard in rest]
 
     def waitable(self) -> Any:
         """What `ray.wait` can wait on for the next chunk; None when there is none to come."""
@@ -244,6 +244,10 @@ class Feeder:
         again = [*(([one], unit.suspect + 1) for one in suspects), *([(rest, 0)] if rest else []), *later]
         self._todo.extendleft(reversed(again))
         self.fill()
+
+
+def _row_group(shard: Shard) -> tuple[int, int]:
+    return shard.file_index, shard.row_group
 
 
 def _has_more(unit: _Unit) -> bool:

@@ -45,7 +45,7 @@ class PartTracker:
         self.done_before = sum(shard.rows for shard in shards) - sum(self._missing.values())
         self._committed = {name: info.status_counts for name, info in committed.items()}
         self._errors_before = sum(info.errors for info in committed.values()) - sum(map(len, failed_rows.values()))
-        self._results: dict[int, list[RowResult]] = {}
+        self._results: dict[int, dict[int, RowResult]] = {}
         self.totals = Totals()
 
     @property
@@ -76,7 +76,13 @@ class PartTracker:
                 yield shard
 
     def add(self, shard_index: int, result: RowResult, images: int) -> list[RowResult] | None:
-        """File a row's result; returns all results of its shard when this was the last one missing."""
+        """File a row's result; returns all results of its shard when this was the last one missing.
+
+        AssertionError for a row that has one already: exactly once is what this package is for.
+        """
+        results = self._results.setdefault(shard_index, {})
+        assert shard_index in self._pending, f"row {result.row} of shard {shard_index} is committed already"
+        assert result.row not in results, f"row {result.row} of shard {shard_index} has a result already"
         totals = self.totals
         self.totals = Totals(
             rows=totals.rows + 1,
@@ -84,11 +90,10 @@ class PartTracker:
             images=totals.images + images,
             tokens=totals.tokens + result.completion_tokens,
         )
-        results = self._results.setdefault(shard_index, [])
-        results.append(result)
+        results[result.row] = result
         if len(results) < self._missing[shard_index]:
             return None
-        return self._results.pop(shard_index)
+        return list(self._results.pop(shard_index).values())
 
     def committed(self, shard_index: int, info: PartInfo) -> None:
         """A part is in the ledger."""

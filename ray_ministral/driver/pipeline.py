@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.experimental import get_object_locations
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -222,6 +223,13 @@ def end_actor(actor: Any) -> None:
     """End an actor's process, also one that is stopped. Never raises."""
     with suppress(Exception):
         ray.kill(actor, no_restart=True)
+
+
+def lost_objects(references: Collection[Any]) -> set[Any]:
+    """Those that no node of the cluster has any more."""
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    places = get_object_locations(list(references))
+    return {reference for reference, place in places.items() if not alive.intersection(place["node_ids"])}
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -119,6 +119,16 @@ class Supervisor:
                 "placement_timeout_s or start_timeout_s, or add nodes"
             )
 
+        elif recovery.seconds > ANNOUNCE_EVERY_S and time.monotonic() - self._announced > 2 * ANNOUNCE_EVERY_S:
+            self._announced = time.monotonic()
+            stages = ", ".join(map(str, sorted(set(recovery.waitables.values()))))
+            logger.info(
+                "%s recovers for %.0f s: waiting for stage %s, for room or until it has loaded",
+                replica.pipeline.name,
+                recovery.seconds,
+                stages,
+            )
+
     def _longest_recovery(self) -> float:
         return self._config.placement_timeout_s + self._config.start_timeout_s
 

@@ -38,25 +38,27 @@ try:
     captioner = Captioner(config)
     told = {}
 
-    def strike():
-        while not hasattr(captioner, "_tracker") or captioner._tracker.totals.rows < 100:
-            time.sleep(0.05)
-        if how == "raylet":
-            process = victim.all_processes["raylet"][0].process
-            os.kill(process.pid, signal.SIGKILL)
-        else:
-            cluster.remove_node(victim, allow_graceful=False)
-        told["rows then"] = captioner._tracker.totals.rows
-        if how != "replica":
-            time.sleep(3)
-            cluster.add_node(**node)
+    def run():
+        told["summary"] = captioner.run()
 
-    thread = threading.Thread(target=strike, daemon=True)
+    # Nodes can be started by the main thread alone.
+    thread = threading.Thread(target=run)
     thread.start()
-    summary = captioner.run()
+    while not hasattr(captioner, "_tracker") or captioner._tracker.totals.rows < 100:
+        time.sleep(0.05)
+    if how == "raylet":
+        process = victim.all_processes["raylet"][0].process
+        os.kill(process.pid, signal.SIGKILL)
+    else:
+        cluster.remove_node(victim, allow_graceful=False)
+    told["rows then"] = captioner._tracker.totals.rows
+    if how != "replica":
+        time.sleep(3)
+        cluster.add_node(**node)
     thread.join()
+    summary = told.pop("summary")
     told |= {"ok": summary.ok, "recoveries": summary.recoveries, "seconds": summary.recovery_seconds}
-    print(json.dumps(told))
+    print("told: " + json.dumps(told))
 finally:
     ray.shutdown()
     cluster.shutdown()
