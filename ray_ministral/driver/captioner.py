@@ -41,6 +41,7 @@ from ray_ministral.driver.step_spans import StepSpans
 from ray_ministral.driver.summary import CaptionSummary, StageFigures
 from ray_ministral.driver.supervisor import Supervisor
 from ray_ministral.driver.trace import Trace
+from ray_ministral.driver.watch import Nodes
 from ray_ministral.errors import (
     ClusterError,
     LeaseLostError,
@@ -79,6 +80,7 @@ class Captioner:
         self._clock = Clock()
         self._supervisor: Supervisor | None = None
         self._suspects = Suspects()
+        self._nodes = Nodes()
         self._homeless: deque[Request] = deque()
         """Rows that have lost their replica and wait for another, or for the same."""
         self._without_pixels: dict[tuple[int, int], Request] = {}
@@ -444,6 +446,9 @@ class Captioner:
     def _supervise(self) -> None:
         if self._supervisor is not None:
             self._supervisor.poll()
+        if lost := self._nodes.lost():
+            logger.warning("lost nodes: %s; what was being prepared is begun again", ", ".join(sorted(lost)))
+            self._feeder.begin_again()
 
     def _check_for_hang(self) -> None:
         """Nothing has come back for a while. Stages that hang are found by the supervisor, what else does is here."""

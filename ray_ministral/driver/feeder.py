@@ -19,7 +19,7 @@ from itertools import groupby
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import NodeDiedError, ObjectLostError, RayError, RayTaskError
 
 from ray_ministral.captioning.prepare import CHUNK_ROWS
 from ray_ministral.captioning.request import PreparedChunk, PreparedRow, RowFailure
@@ -113,6 +113,16 @@ class Feeder:
             preparation = self._start(shards)
             self._units.append(_Unit(shards, preparation, shards[0].start, suspect, _Life(preparation.generator)))
 
+    def begin_again(self) -> None:
+        """A node is gone. Start all units under way once more, each where it is.
+
+        Ray does not always say so of a stream whose task was there (2.60): it would be waited for in vain.
+        """
+        under_way = [(_rest(unit), unit.suspect) for unit in self._units if unit.shards]
+        self._cancel(force=False)
+        self._todo.extendleft(reversed(under_way))
+        self.fill()
+
     def close(self) -> None:
         """Stop what is under way, also workers that do not answer. Never raises."""
         self._cancel(force=True)
@@ -173,6 +183,9 @@ class Feeder:
                 raise ClusterError(
                     f"rows of {unit.shards[0].file} cannot be prepared: {describe_error(error)}"
                 ) from error
+            except (NodeDiedError, ObjectLostError) as error:
+                self._begin_again(unit, error)
+                continue
             except RayError as error:
                 self._retry(unit, _death(unit, error))
                 if self._ready:
@@ -237,13 +250,31 @@ class Feeder:
             shard.start,
             reason,
         )
-        # Units already under way come after these rows; they are started again later, in order.
+        suspects, rest = _singled_out([shard, *unit.shards[1:]], CHUNK_ROWS)
+        again = [*(([one], unit.suspect + 1) for one in suspects), *([(rest, 0)] if rest else [])]
+        self._before_later_ones(again, force=force)
+
+    def _begin_again(self, unit: _Unit, error: RayError) -> None:
+        """A node died with the unit's worker, or with what it had made: no row is to blame."""
+        self._units.popleft()
+        logger.warning("preparing rows of %s again: %s", self._place(unit), describe_error(error))
+        self._before_later_ones([(_rest(unit), unit.suspect)] if unit.shards else [])
+
+    def _before_later_ones(self, again: list[tuple[list[Shard], int]], *, force: bool = False) -> None:
+        """Units already under way come after these; they are started again later, in order."""
         later = [(waiting.shards, waiting.suspect) for waiting in self._units]
         self._cancel(force=force)
-        suspects, rest = _singled_out([shard, *unit.shards[1:]], CHUNK_ROWS)
-        again = [*(([one], unit.suspect + 1) for one in suspects), *([(rest, 0)] if rest else []), *later]
-        self._todo.extendleft(reversed(again))
+        self._todo.extendleft(reversed([*again, *later]))
         self.fill()
+
+    @staticmethod
+    def _place(unit: _Unit) -> str:
+        return unit.shards[0].file if unit.shards else "a row group whose rows are all here"
+
+
+def _rest(unit: _Unit) -> list[Shard]:
+    """What has not been taken of a unit."""
+    return [replace(unit.shards[0], start=unit.row), *unit.shards[1:]]
 
 
 def _row_group(shard: Shard) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from ray_ministral.driver.pipeline import Pipeline
 from ray_ministral.driver.stage_actor import Pulse
 
 ASK_EVERY_S = 2.0
+LOOK_EVERY_S = 3.0
 
 
 @dataclass(eq=False)
@@ -40,6 +41,22 @@ class Hanging:
     pipeline: Pipeline
     stage: int
     why: str
+
+
+class Nodes:
+    """Which nodes the cluster has."""
+
+    def __init__(self) -> None:
+        self._alive: set[str] = set()
+        self._due = 0.0
+
+    def lost(self) -> set[str]:
+        """The nodes that have gone since the last call; looks every few seconds."""
+        if time.monotonic() < self._due:
+            return set()
+        self._due = time.monotonic() + LOOK_EVERY_S
+        before, self._alive = self._alive, {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        return before - self._alive
 
 
 class Watch:

@@ -30,7 +30,8 @@ try:
     captioner = Captioner(make_config(model, source, output, stages=2, placement_timeout_s=60.0))
     summary = captioner.run()
     (replica,) = captioner._replicas
-    print("told: " + json.dumps({"ok": summary.ok, "nodes": [report.node_id for report in replica.pipeline.loaded.values()]}))
+    nodes = [report.node_id for report in replica.pipeline.loaded.values()]
+    print("told: " + json.dumps({"ok": summary.ok, "nodes": nodes}))
 finally:
     ray.shutdown()
     cluster.shutdown()

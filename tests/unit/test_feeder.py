@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pytest
-from ray.exceptions import RayTaskError, WorkerCrashedError
+from ray.exceptions import NodeDiedError, RayError, RayTaskError, WorkerCrashedError
 
 from ray_ministral.captioning.request import PreparedChunk, PreparedRow
 from ray_ministral.data.shards import Shard
@@ -47,7 +47,7 @@ class Generator:
             return Reference(next(self.values))
         except StopIteration:
             raise
-        except WorkerCrashedError as error:
+        except (WorkerCrashedError, NodeDiedError) as error:
             self.end.value = error
         except Exception as error:  # noqa: BLE001 this is what Ray does
             self.end.value = RayTaskError("prepare", "", error)
@@ -75,12 +75,13 @@ class FakeRay:
 
 @dataclass
 class Workers:
-    """Prepares chunks of `chunk_rows` rows; dies at `deadly` rows, and when `luck` has it so."""
+    """Prepares chunks of `chunk_rows` rows; dies at `deadly` rows, and when `luck` has it so, then of `death`."""
 
     chunk_rows: int = 16
     deadly: frozenset[tuple[int, int]] = frozenset()
     luck: Iterator[bool] = field(default_factory=lambda: iter(()))
     error: Exception | None = None
+    death: RayError = field(default_factory=WorkerCrashedError)
     started: list[list[Shard]] = field(default_factory=list)
     generators: list[Generator] = field(default_factory=list)
 
@@ -107,7 +108,7 @@ class Workers:
 
     def _maybe_die(self) -> None:
         if next(self.luck, False):
-            raise WorkerCrashedError
+            raise self.death
 
 
 @pytest.fixture(autouse=True)
@@ -174,6 +175,39 @@ def test_whatever_dies_rows_come_once_and_only_those_at_fault_fail(shards: list[
     taken = take_all(Feeder(shards, workers.start))
     assert keys(taken) == all_keys(shards)
     assert set(keys(taken, failed=True)) == deadly
+
+
+@pytest.mark.parametrize("when", range(6))
+def test_a_node_that_dies_is_held_against_no_row(when: int) -> None:
+    """Its rows are prepared again together: one by one each would want a process of its own."""
+    luck = iter([index == when for index in range(20)])
+    workers = Workers(4, luck=luck, death=NodeDiedError("its raylet is gone"))
+    taken = take_all(Feeder(WHOLE, workers.start))
+    assert keys(taken) == all_keys(WHOLE)
+    assert not failures(taken)
+    whole = len(Workers(4).started) + len({(one.file_index, one.row_group) for one in WHOLE})
+    assert len(workers.started) <= whole + 2, "the rest of one, and the one that was begun behind it"
+
+
+@pytest.mark.parametrize("taken_before", range(4))
+def test_what_is_under_way_is_begun_again_where_it_is(taken_before: int) -> None:
+    workers = Workers(4)
+    feeder = Feeder(WHOLE, workers.start)
+    taken = [prepared for prepared in (feeder.take() for _ in range(taken_before)) if prepared is not None]
+    before = list(workers.generators)
+    feeder.begin_again()
+    assert sum(generator.cancelled for generator in before) >= 1
+    assert not any(generator.killed for generator in before)
+    assert keys([*taken, *take_all(feeder)]) == all_keys(WHOLE)
+
+
+def test_rows_that_are_wanted_again_come_in_one_unit_a_row_group() -> None:
+    workers = Workers()
+    feeder = Feeder([], workers.start)
+    wanted = [replace(shard(0, 0, 0, 40), start=row, stop=row + 1) for row in (7, 3, 4)]
+    feeder.again([*wanted, replace(shard(1, 1, 0, 9), start=2, stop=3)])
+    assert [[(s.index, s.start) for s in unit] for unit in workers.started] == [[(0, 3), (0, 4), (0, 7)], [(1, 2)]]
+    assert keys(take_all(feeder)) == [(0, 3), (0, 4), (0, 7), (1, 2)]
 
 
 def test_after_a_death_only_rows_of_the_chunk_under_way_stand_alone() -> None:
