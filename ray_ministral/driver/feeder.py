@@ -119,19 +119,19 @@ class Feeder:
         Ray does not always say so of a stream whose task was there (2.60): it would be waited for in vain.
         """
         under_way = [(_rest(unit), unit.suspect) for unit in self._units if unit.shards]
-        self._cancel(force=False)
+        self._cancel()
         self._todo.extendleft(reversed(under_way))
         self.fill()
 
     def close(self) -> None:
         """Stop what is under way, also workers that do not answer. Never raises."""
-        self._cancel(force=True)
+        self._cancel()
 
-    def _cancel(self, *, force: bool) -> None:
-        """With `force` the workers end; without it those that are well stop their task and are used again."""
+    def _cancel(self) -> None:
+        """End the workers of all units, not only their tasks: one that was stopped in an import is of no use any more."""
         for unit in self._units:
             with suppress(RayError):
-                ray.cancel(unit.generator, force=force)
+                ray.cancel(unit.generator, force=True)
         self._units.clear()
 
     def under_way(self) -> list[str]:
@@ -215,7 +215,7 @@ class Feeder:
         with suppress(RayError):
             ray.cancel(unit.generator, force=True)
         reason = f"the worker that prepared this row said nothing for {silent_s:.0f} s and was given up"
-        self._retry(unit, reason, force=True)
+        self._retry(unit, reason)
         return True
 
     def _advance(self, unit: _Unit, chunk: PreparedChunk) -> None:
@@ -227,11 +227,11 @@ class Feeder:
         if unit.shards:
             unit.row = max(unit.row, unit.shards[0].start)
 
-    def _retry(self, unit: _Unit, reason: str, *, force: bool = False) -> None:
+    def _retry(self, unit: _Unit, reason: str) -> None:
         """The unit's worker died, or was given up. A row that has had its chances becomes an error, `_ready` then.
 
         Else each of the rows that can have been in the chunk under way is tried alone; those after them stay together,
-        since a unit of one row reads the row group from its start. `force`: the workers of later units may not answer.
+        since a unit of one row reads the row group from its start.
         """
         self._units.popleft()
         if not unit.shards:  # it died after its last row
@@ -252,7 +252,7 @@ class Feeder:
         )
         suspects, rest = _singled_out([shard, *unit.shards[1:]], CHUNK_ROWS)
         again = [*(([one], unit.suspect + 1) for one in suspects), *([(rest, 0)] if rest else [])]
-        self._before_later_ones(again, force=force)
+        self._before_later_ones(again)
 
     def _begin_again(self, unit: _Unit, error: RayError) -> None:
         """A node died with the unit's worker, or with what it had made: no row is to blame."""
@@ -260,10 +260,10 @@ class Feeder:
         logger.warning("preparing rows of %s again: %s", self._place(unit), describe_error(error))
         self._before_later_ones([(_rest(unit), unit.suspect)] if unit.shards else [])
 
-    def _before_later_ones(self, again: list[tuple[list[Shard], int]], *, force: bool = False) -> None:
+    def _before_later_ones(self, again: list[tuple[list[Shard], int]]) -> None:
         """Units already under way come after these; they are started again later, in order."""
         later = [(waiting.shards, waiting.suspect) for waiting in self._units]
-        self._cancel(force=force)
+        self._cancel()
         self._todo.extendleft(reversed([*again, *later]))
         self.fill()
 
