@@ -128,7 +128,7 @@ class Feeder:
         self._cancel()
 
     def _cancel(self) -> None:
-        """End the workers of all units, not only their tasks: one that was stopped in an import is of no use any more."""
+        """End the workers of all units, not only their tasks: one that was stopped in an import is of no more use."""
         for unit in self._units:
             with suppress(RayError):
                 ray.cancel(unit.generator, force=True)
