@@ -46,13 +46,22 @@ class Request:
     exclusive: bool = False
     deaths: int = 0
     deaths_by_itself: int = 0
-    is_new: bool = True
     generated: list[int] = field(default_factory=list)
 
     @property
     def kv_tokens(self) -> int:
         """Tokens that its slot must hold at most: the last generated token is never fed back."""
         return len(self.token_ids) + self.max_new_tokens - 1
+
+    @property
+    def is_new(self) -> bool:
+        """Whether no step has given it a token yet."""
+        return not self.generated
+
+    @property
+    def block(self) -> Any:
+        """The reference to the block that its pixels are in; None for a row without any."""
+        return None if self.pixels is None else self.pixels[0]
 
     @property
     def known_tokens(self) -> int:
@@ -191,7 +200,6 @@ class BatchScheduler:
         keep: list[Request | None] = []
         for request, token in zip(sequences, tokens.tolist(), strict=True):
             request.generated.append(token)
-            request.is_new = False
             reason = self._finish_check(request.generated)
             if reason is None and len(request.generated) >= request.max_new_tokens:
                 reason = "length"

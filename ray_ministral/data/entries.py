@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import builtins
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ray_ministral.data.job_file import json_bytes
 from ray_ministral.data.parts import Attempt, PartInfo
 
 SUFFIX = ".json"
@@ -52,7 +52,7 @@ class Entry:
 
     def to_bytes(self) -> builtins.bytes:
         """The content of its file."""
-        return (json.dumps(asdict(self), indent=2, sort_keys=True) + "\n").encode()
+        return json_bytes(asdict(self))
 
     @classmethod
     def parse(cls, data: builtins.bytes, part: str) -> Entry:
@@ -80,8 +80,3 @@ class Entry:
         if sum(entry.status_counts.values()) != entry.rows:
             raise ValueError(f"it has {entry.rows} rows, but counts {sum(entry.status_counts.values())}")
         return entry
-
-
-def digest_of(fingerprint: Mapping[str, Any]) -> str:
-    """The digest of a job's fingerprint, in hex."""
-    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()

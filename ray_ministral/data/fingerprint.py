@@ -52,7 +52,9 @@ def fingerprint(config: CaptionConfig, plan: ShardPlan) -> dict[str, Any]:
         },
         "sampling": {**asdict(config.sampling), "stop": list(config.sampling.stop)},
         "images": {name: value for name, value in asdict(config.images).items() if name != "deadline_s"},
-        "inputs": {file.name: {"bytes": file.size, "row_groups": _digest(file.row_group_rows)} for file in plan.files},
+        "inputs": {
+            file.name: {"bytes": file.size, "row_groups": digest_of(file.row_group_rows)[:16]} for file in plan.files
+        },
         "rows_per_shard": config.rows_per_shard,
         "limit": config.limit,
         "columns": list(plan.carried_columns),
@@ -77,8 +79,9 @@ def model_identity(model_dir: str | Path) -> dict[str, str]:
     }
 
 
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+def digest_of(value: object) -> str:
+    """SHA-256, in hex, of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _digest_files(folder: Path, names: tuple[str, ...]) -> str:

@@ -38,7 +38,7 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from ray_ministral.data.entries import SUFFIX, Entry, digest_of
+from ray_ministral.data.entries import SUFFIX, Entry
 from ray_ministral.data.files import (
     TEMPORARY_PREFIX,
     Location,
@@ -50,6 +50,7 @@ from ray_ministral.data.files import (
     typed_full_disk,
     write_file,
 )
+from ray_ministral.data.fingerprint import digest_of
 from ray_ministral.data.job_file import JOB_FILE, json_bytes, read_json, refuse_another_job
 from ray_ministral.data.lease import LEASE_ATTEMPT, LEASE_FILE, Lease
 from ray_ministral.data.parts import Attempt, PartInfo, read_part_info

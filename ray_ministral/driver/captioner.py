@@ -131,7 +131,7 @@ class Captioner:
         with self._trace.driver("cluster"):
             stack.enter_context(connected(self.config.address, self.config.pipeline))
         self._clock.lap("cluster")
-        self._feeder = Feeder(self._tracker.wanted(), self._start_prepare)
+        self._feeder = Feeder(self._tracker.wanted(), self._start_prepare, self.config.images.deadline_s)
         stack.callback(self._feeder.close)
         with self._trace.driver("stages"):
             self._supervisor = self._start_replicas(stack)
@@ -214,6 +214,8 @@ class Captioner:
 
     def _house(self) -> bool:
         """Give some of those that have lost their replica another one."""
+        if not self._homeless:
+            return False
         replica = max(self._replicas, key=lambda replica: replica.room)
         rows = [self._homeless.popleft() for _ in range(min(replica.room, len(self._homeless)))]
         replica.scheduler.add_first(rows)
@@ -318,7 +320,7 @@ class Captioner:
         verdict = self._suspects.after_error(rows)
         replica.scheduler.add_first(verdict.again)
         stage = "prefill" if plan.prefills else "decode_token"
-        self._give_up(verdict, f"{describe_error(error)}", stage)
+        self._give_up(verdict, describe_error(error), stage)
 
     def _prepare_lost(self, entering: Sequence[Request]) -> None:
         """Read rows once more whose pixels are gone: of a step that missed some, and of all that wait for theirs.
@@ -326,12 +328,12 @@ class Captioner:
         What they have generated is kept.
         """
         queues = [self._homeless, *(replica.scheduler.waiting for replica in self._replicas)]
-        waiting = [request for queue in queues for request in queue if request.pixels is not None]
-        gone = lost_objects({request.pixels[0] for request in waiting if request.pixels is not None})
-        gone |= {request.pixels[0] for request in entering if request.pixels is not None}
-        lost = [request for request in waiting if request.pixels is not None and request.pixels[0] in gone]
+        waiting = [request for queue in queues for request in queue]
+        gone = lost_objects({request.block for request in waiting} - {None})
+        gone |= {request.block for request in entering} - {None}
+        lost = [request for request in waiting if request.block in gone]
         for queue in queues:
-            kept = [request for request in queue if request.pixels is None or request.pixels[0] not in gone]
+            kept = [request for request in queue if request.block not in gone]
             queue.clear()
             queue.extend(kept)
         shards = self._job.plan.shards

@@ -164,6 +164,11 @@ def _cluster_is_running() -> bool:
     return bool(find_gcs_addresses())
 
 
+def alive_nodes() -> set[str]:
+    """The ids of the nodes that the connected cluster has now."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
 def resolve(pipeline: PipelineConfig) -> Resolved:
     """Replace every "auto" by what the connected cluster offers. Raises `ConfigError` for a device that it lacks."""
     resources = ray.cluster_resources()

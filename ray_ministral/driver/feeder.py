@@ -23,9 +23,9 @@ from ray.exceptions import NodeDiedError, ObjectLostError, RayError, RayTaskErro
 
 from ray_ministral.captioning.prepare import CHUNK_ROWS
 from ray_ministral.captioning.request import PreparedChunk, PreparedRow, RowFailure
+from ray_ministral.config import ImageLimits
 from ray_ministral.data.shards import Shard
 from ray_ministral.driver.pipeline import describe_error, raise_if_ours
-from ray_ministral.driver.tasks import Preparation
 from ray_ministral.errors import ClusterError
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,8 @@ TAKE_TIMEOUT_S = 600.0
 DEATHS_BY_ITSELF = 2
 """A row becomes an error when so many workers have died of it alone: one may have died for another reason."""
 
-StartPrepare = Callable[[Sequence[Shard]], Preparation]
+StartPrepare = Callable[[Sequence[Shard]], Any]
+"""Starts a `tasks.prepare`; gives its generator of references."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,11 @@ class _Unit:
     """
 
     shards: list[Shard]
-    preparation: Preparation
+    generator: Any
     row: int
     suspect: int
     life: _Life
     chunk: PreparedChunk | None = None
-
-    @property
-    def generator(self) -> Any:
-        return self.preparation.generator
 
 
 class _Life:
@@ -85,13 +82,19 @@ class _Life:
 
 
 class Feeder:
-    """Takes shards, gives `Prepared` chunks in the same order."""
+    """Takes shards, gives `Prepared` chunks in the same order. A row that takes `deadline_s` ends its worker."""
 
-    def __init__(self, shards: Iterable[Shard], start: StartPrepare, units_ahead: int = UNITS_AHEAD) -> None:
+    def __init__(
+        self,
+        shards: Iterable[Shard],
+        start: StartPrepare,
+        deadline_s: float = ImageLimits.deadline_s,
+        units_ahead: int = UNITS_AHEAD,
+    ) -> None:
         self._todo = deque((list(unit), 0) for _, unit in groupby(shards, key=_row_group))
         self._start = start
         self._units: deque[_Unit] = deque()
-        self._ahead = units_ahead
+        self._deadline_s, self._ahead = deadline_s, units_ahead
         self._ready: deque[Prepared] = deque()  # what was looked at, or became an error, and was not taken yet
         self.fill()
 
@@ -110,18 +113,15 @@ class Feeder:
         """Start units until enough are under way."""
         while self._todo and len(self._units) < self._ahead:
             shards, suspect = self._todo.popleft()
-            preparation = self._start(shards)
-            self._units.append(_Unit(shards, preparation, shards[0].start, suspect, _Life(preparation.generator)))
+            generator = self._start(shards)
+            self._units.append(_Unit(shards, generator, shards[0].start, suspect, _Life(generator)))
 
     def begin_again(self) -> None:
         """A node is gone. Start all units under way once more, each where it is.
 
         Ray does not always say so of a stream whose task was there (2.60): it would be waited for in vain.
         """
-        under_way = [(_rest(unit), unit.suspect) for unit in self._units if unit.shards]
-        self._cancel()
-        self._todo.extendleft(reversed(under_way))
-        self.fill()
+        self._before_those_under_way([])
 
     def close(self) -> None:
         """Stop what is under way, also workers that do not answer. Never raises."""
@@ -187,7 +187,7 @@ class Feeder:
                 self._begin_again(unit, error)
                 continue
             except RayError as error:
-                self._retry(unit, _death(unit, error))
+                self._retry(unit, self._death(unit, error))
                 if self._ready:
                     return self._ready.popleft()
                 continue
@@ -252,24 +252,29 @@ class Feeder:
         )
         suspects, rest = _singled_out([shard, *unit.shards[1:]], CHUNK_ROWS)
         again = [*(([one], unit.suspect + 1) for one in suspects), *([(rest, 0)] if rest else [])]
-        self._before_later_ones(again)
+        self._before_those_under_way(again)
 
     def _begin_again(self, unit: _Unit, error: RayError) -> None:
         """A node died with the unit's worker, or with what it had made: no row is to blame."""
+        logger.warning("preparing again: %s: %s", ", ".join(self.under_way()), describe_error(error))
         self._units.popleft()
-        logger.warning("preparing rows of %s again: %s", self._place(unit), describe_error(error))
-        self._before_later_ones([(_rest(unit), unit.suspect)] if unit.shards else [])
+        self._before_those_under_way([(_rest(unit), unit.suspect)] if unit.shards else [])
 
-    def _before_later_ones(self, again: list[tuple[list[Shard], int]]) -> None:
-        """Units already under way come after these; they are started again later, in order."""
-        later = [(waiting.shards, waiting.suspect) for waiting in self._units]
+    def _before_those_under_way(self, first: list[tuple[list[Shard], int]]) -> None:
+        """Units under way come after these `first`; they are started again then, in order, each where it is."""
+        later = [(_rest(unit), unit.suspect) for unit in self._units if unit.shards]
         self._cancel()
-        self._todo.extendleft(reversed([*again, *later]))
+        self._todo.extendleft(reversed([*first, *later]))
         self.fill()
 
-    @staticmethod
-    def _place(unit: _Unit) -> str:
-        return unit.shards[0].file if unit.shards else "a row group whose rows are all here"
+    def _death(self, unit: _Unit, error: RayError) -> str:
+        """Why the worker of a unit died. Of a row alone it is known whether it had the time that a row may take."""
+        if unit.suspect and unit.life.seconds >= self._deadline_s:
+            return (
+                f"preparing this row took longer than its deadline of {self._deadline_s:g} s (ImageLimits.deadline_s), "
+                f"and the worker was ended ({describe_error(error)}); raise the deadline if it is a good one"
+            )
+        return f"the worker that prepared this row died: {describe_error(error)}"
 
 
 def _rest(unit: _Unit) -> list[Shard]:
@@ -285,17 +290,6 @@ def _has_more(unit: _Unit) -> bool:
     """Whether the unit's next reference, or its end, is there."""
     ready, _ = ray.wait([unit.generator], timeout=0, fetch_local=False)
     return bool(ready)
-
-
-def _death(unit: _Unit, error: RayError) -> str:
-    """Why the worker of a unit died. Of a row alone it is known whether it had the time that a row may take."""
-    limit = unit.preparation.deadline_s
-    if unit.suspect and unit.life.seconds >= limit:
-        return (
-            f"preparing this row took longer than its deadline of {limit:g} s (ImageLimits.deadline_s), and the worker "
-            f"was ended ({describe_error(error)}); raise the deadline if it is a good one"
-        )
-    return f"the worker that prepared this row died: {describe_error(error)}"
 
 
 def _singled_out(shards: Sequence[Shard], rows: int) -> tuple[list[Shard], list[Shard]]:

@@ -22,7 +22,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from ray_ministral.config import STAGE_ENVIRONMENT, PipelineConfig
-from ray_ministral.driver.cluster import Resolved
+from ray_ministral.driver.cluster import Resolved, alive_nodes
 from ray_ministral.driver.stage_actor import LoadReport, StageStatus
 from ray_ministral.errors import PlacementError, RayMinistralError, StageDiedError
 
@@ -78,7 +78,6 @@ class Pipeline:
         self.actors: list[Any] = []
         self.warm_ups: list[Any] = []
         self._loads: list[Any] = []
-        self.reports: list[LoadReport] = []
         self.loaded: dict[int, LoadReport] = {}
 
     @classmethod
@@ -135,11 +134,19 @@ class Pipeline:
             shown = self.progress()
             announce(f"{self.name}: waiting for {len(pending)} of {self.num_stages} stages: {shown}")
             if time.monotonic() > deadline:
-                raise StageDiedError(
-                    f"{self.name}: stages were not ready after {timeout_s:.0f} s ({shown}): look at their logs, or "
-                    "raise start_timeout_s for very slow storage"
-                )
-        self.reports = ray.get(self._loads)
+                raise self.not_ready(timeout_s, shown)
+
+    def not_ready(self, timeout_s: float, shown: str) -> StageDiedError:
+        """What to raise where stages take too long to start; `shown` is their `progress`."""
+        return StageDiedError(
+            f"{self.name}: stages were not ready after {timeout_s:.0f} s ({shown}): look at their logs, or raise "
+            "start_timeout_s for very slow storage"
+        )
+
+    def cannot_load(self, stage: int, error: RayTaskError) -> StageDiedError:
+        """What to raise for a stage whose `load` failed. Raises the stage's own error where it refuses the model."""
+        raise_if_ours(error)
+        return StageDiedError(f"{self.name}: stage {stage} cannot load: {describe_error(error)}")
 
     def progress(self) -> str:
         """What each stage is doing, for people. Takes half a second at most."""
@@ -200,13 +207,11 @@ class Pipeline:
 
     def _raise_failed_loads(self) -> None:
         for index, load in enumerate(self._loads):
-            ready, _ = ray.wait([load], timeout=0)
-            if ready:
+            if is_ready(load):
                 try:
                     ray.get(load)
                 except RayTaskError as error:
-                    raise_if_ours(error)
-                    raise StageDiedError(f"{self.name}: stage {index} cannot load: {describe_error(error)}") from error
+                    raise self.cannot_load(index, error) from error
                 except RayActorError as error:
                     raise self.death(error) from error
 
@@ -225,9 +230,15 @@ def end_actor(actor: Any) -> None:
         ray.kill(actor, no_restart=True)
 
 
+def is_ready(reference: Any) -> bool:
+    """Whether a result is there; does not wait."""
+    ready, _ = ray.wait([reference], timeout=0)
+    return bool(ready)
+
+
 def lost_objects(references: Collection[Any]) -> set[Any]:
     """Those that no node of the cluster has any more."""
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    alive = alive_nodes()
     places = get_object_locations(list(references))
     return {reference for reference, place in places.items() if not alive.intersection(place["node_ids"])}
 

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from ray_ministral.driver.pipeline import Pipeline, describe_error, raise_if_ours, root_cause
+from ray_ministral.driver.pipeline import Pipeline, describe_error, root_cause
 from ray_ministral.driver.spares import Spares
 from ray_ministral.errors import ClusterError, StageDiedError
 
@@ -86,9 +86,6 @@ class Recovery:
         cause = root_cause(error)
         if isinstance(cause, RayActorError):
             return self._pipeline.death(cause)
-        raise_if_ours(error)
         if isinstance(error, RayTaskError):
-            raise StageDiedError(
-                f"{self._pipeline.name}: stage {stage} cannot load: {describe_error(error)}"
-            ) from error
+            raise self._pipeline.cannot_load(stage, error) from error
         raise ClusterError(f"{self._pipeline.name}: stage {stage} was lost: {describe_error(error)}") from error

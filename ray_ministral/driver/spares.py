@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from ray_ministral.driver.pipeline import NewActor, Pipeline, Place, end_actor
+from ray_ministral.driver.pipeline import NewActor, Pipeline, Place, end_actor, is_ready
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +61,10 @@ class Spares:
 
 
 def _is_warm(spare: _Spare) -> bool:
-    ready, _ = ray.wait([spare.warm_up], timeout=0)
+    if not is_ready(spare.warm_up):
+        return False
     try:
-        ray.get(ready)
+        ray.get(spare.warm_up)
     except RayError:
         return False
-    return bool(ready)
+    return True

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
+from ray_ministral.captioning.step_times import StageTotals
 from ray_ministral.captioning.suspects import Suspects, Verdict
 from ray_ministral.config import PipelineConfig
 from ray_ministral.driver.pipeline import ANNOUNCE_EVERY_S, Announce
@@ -71,21 +72,17 @@ class Supervisor:
                 continue
             self._announced = time.monotonic()
             for pipeline in (replica.pipeline for replica in self.replicas if replica.recovery):
-                waiting = sum(replica.recovery is not None for replica in self.replicas)
                 shown = pipeline.progress()
                 announce(f"{pipeline.name}: waiting for its stages: {shown}")
                 if time.monotonic() > deadline:
-                    raise StageDiedError(
-                        f"{pipeline.name}: stages were not ready after {self._config.start_timeout_s:.0f} s ({shown}; "
-                        f"{waiting} of {len(self.replicas)} replicas wait): look at their logs, or raise "
-                        "start_timeout_s for very slow storage"
-                    )
+                    raise pipeline.not_ready(self._config.start_timeout_s, shown)
 
     def poll(self) -> None:
         """Go on with what recovers; find what hangs. Waits for nothing. Raises `ClusterError` when nothing is left."""
-        for hanging in self._watch.poll([replica.pipeline for replica in self.replicas]):
-            for replica in [replica for replica in self.replicas if replica.pipeline is hanging.pipeline]:
-                self._hangs(replica, hanging.stage, hanging.why)
+        for replica in list(self.replicas):
+            for stage, why in list(self._watch.poll(replica.pipeline)):
+                if replica in self.replicas:  # not given up for the stage before
+                    self._hangs(replica, stage, why)
         for replica in list(self.replicas):
             if replica.recovery is not None:
                 self._poll_recovery(replica, replica.recovery)
@@ -118,7 +115,6 @@ class Supervisor:
                 f"); it lost a stage: {replica.deaths[-1].cause if replica.deaths else 'none'}. Raise "
                 "placement_timeout_s or start_timeout_s, or add nodes"
             )
-
         elif recovery.seconds > ANNOUNCE_EVERY_S and time.monotonic() - self._announced > 2 * ANNOUNCE_EVERY_S:
             self._announced = time.monotonic()
             stages = ", ".join(map(str, sorted(set(recovery.waitables.values()))))
@@ -146,9 +142,8 @@ class Supervisor:
             replica.in_flight.clear()
             verdict = self._suspects.after_death(in_flight, others)
         if stage is not None:
-            before = replica.before.get(stage)
-            done = self._watch.totals(pipeline, stage)
-            replica.before[stage] = done if before is None else before.and_also(done)
+            before = replica.before.get(stage, StageTotals())
+            replica.before[stage] = before.and_also(self._watch.totals(pipeline, stage))
         replica.deaths.append(Death(str(error), replica.rows, verdict.narrowed))
         replica.rows = 0
         decision = self._policy.decide(replica.deaths)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -89,24 +89,6 @@ def _merged(output: str, name: str, results: Sequence[RowResult]) -> list[RowRes
     return list(merged.values())
 
 
-@dataclass(frozen=True)
-class Preparation:
-    """A `prepare` under way: the generator of references, and the seconds after which a row of it ends its worker."""
-
-    generator: Any
-    deadline_s: float
-
-
-def start_prepare(
-    shards: Sequence[Shard],
-    model_dir: str,
-    prompt: PromptConfig,
-    images: ImageLimits,
-    max_prompt_tokens: int,
-    limit_column: str | None,
-) -> Preparation:
-    """Start `prepare`."""
-    task = prepare.options(_generator_backpressure_num_objects=OBJECTS_AHEAD)
-    return Preparation(
-        task.remote(shards, model_dir, prompt, images, max_prompt_tokens, limit_column), images.deadline_s
-    )
+def start_prepare(*arguments: Any) -> Any:
+    """Start `prepare`; returns the generator of references."""
+    return prepare.options(_generator_backpressure_num_objects=OBJECTS_AHEAD).remote(*arguments)

@@ -8,7 +8,7 @@ never comes out of it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ from ray.exceptions import RayError
 
 from ray_ministral.captioning.step_times import StageTotals
 from ray_ministral.config import PipelineConfig
-from ray_ministral.driver.pipeline import Pipeline
+from ray_ministral.driver.cluster import alive_nodes
+from ray_ministral.driver.pipeline import Pipeline, is_ready
 from ray_ministral.driver.stage_actor import Pulse
 
 ASK_EVERY_S = 2.0
@@ -34,15 +35,6 @@ class _Patient:
     pulse: Pulse | None = None
 
 
-@dataclass(frozen=True)
-class Hanging:
-    """A stage that hangs, and how that shows."""
-
-    pipeline: Pipeline
-    stage: int
-    why: str
-
-
 class Nodes:
     """Which nodes the cluster has."""
 
@@ -55,7 +47,7 @@ class Nodes:
         if time.monotonic() < self._due:
             return set()
         self._due = time.monotonic() + LOOK_EVERY_S
-        before, self._alive = self._alive, {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        before, self._alive = self._alive, alive_nodes()
         return before - self._alive
 
 
@@ -66,28 +58,25 @@ class Watch:
         self._health_timeout_s, self._step_timeout_s = config.health_timeout_s, config.step_timeout_s
         self._patients: dict[tuple[str, int], _Patient] = {}
 
-    def poll(self, pipelines: Sequence[Pipeline]) -> list[Hanging]:
-        """Take what has come, ask anew; the stages that hang. Waits for nothing."""
-        return [Hanging(pipeline, stage, why) for pipeline in pipelines for stage, why in self._poll_pipeline(pipeline)]
-
     def totals(self, pipeline: Pipeline, stage: int) -> StageTotals:
         """Of the actor that was there last, as it said last."""
         patient = self._patients.get((pipeline.name, stage))
         return StageTotals() if patient is None or patient.pulse is None else patient.pulse.totals
 
-    def _poll_pipeline(self, pipeline: Pipeline) -> Iterator[tuple[int, str]]:
+    def poll(self, pipeline: Pipeline) -> Iterator[tuple[int, str]]:
+        """Take what has come, ask anew; the stages that hang, and how that shows. Waits for nothing."""
         now = time.monotonic()
         for stage, actor in enumerate(pipeline.actors):
             key = pipeline.name, stage
             patient = self._patients.get(key)
             if patient is None or patient.actor is not actor:
                 patient = self._patients[key] = _Patient(actor)
-            if patient.asked is not None and _is_ready(patient.asked):
+            if patient.asked is not None and is_ready(patient.asked):
                 patient.pulse = _answer(patient.asked) or patient.pulse
                 patient.asked = None
             if patient.asked is None and now - patient.asked_at >= ASK_EVERY_S:
                 patient.asked, patient.asked_at = actor.pulse.remote(), now
-            if patient.pulse is None and not _is_ready(pipeline.warm_ups[stage]):
+            if patient.pulse is None and not is_ready(pipeline.warm_ups[stage]):
                 continue  # it may be waiting for room, or importing
             silent = now - patient.asked_at if patient.asked is not None else 0.0
             if silent > self._health_timeout_s:
@@ -96,11 +85,6 @@ class Watch:
                 step = patient.pulse.step_seconds
                 limit = f"{self._step_timeout_s:g}; raise it if a step can take so long"
                 yield stage, f"has been in one step for {step:.0f} s (step_timeout_s is {limit})"
-
-
-def _is_ready(reference: Any) -> bool:
-    ready, _ = ray.wait([reference], timeout=0)
-    return bool(ready)
 
 
 def _answer(reference: Any) -> Pulse | None:

@@ -1,18 +1,21 @@
-"""Actor classes whose stages are struck at a certain moment, a certain number of times; shared by tests of faults."""
+"""Stages and preparing workers that are struck at a certain moment; shared by tests of faults."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+from PIL import Image
 
-from ray_ministral.config import StageOptions
+from ray_ministral.captioning import prepare as prepare_module
+from ray_ministral.config import ImageLimits, StageOptions
+from ray_ministral.driver import tasks
 from ray_ministral.driver.stage_actor import ACTOR_OPTIONS, StageActor
 
 
@@ -28,6 +31,27 @@ def kill_oneself() -> None:
 
 def stop_oneself() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def prepare_with(before: Callable[[bytes], None]) -> Any:
+    """`tasks.prepare` in which `before` is called with the bytes of each image before it is decoded."""
+
+    @ray.remote(num_cpus=0, num_returns="streaming", max_retries=0)
+    def prepare(*arguments: Any) -> Iterator[Any]:
+        original = prepare_module.open_image
+
+        def open_image(data: bytes, limits: ImageLimits) -> Image.Image:
+            before(data)
+            return original(data, limits)
+
+        prepare_module.open_image = open_image
+        try:
+            shards, *others = arguments
+            yield from tasks._preparer(*others).chunks(shards)
+        finally:
+            prepare_module.open_image = original
+
+    return prepare
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ import ray
 from PIL import Image
 
 from ray_ministral import caption
-from ray_ministral.captioning import prepare as prepare_module
 from ray_ministral.captioning.request import PreparedChunk, PreparedRow
 from ray_ministral.config import ImageLimits
 from ray_ministral.data.shards import Shard
@@ -29,6 +28,7 @@ from ray_ministral.driver import tasks
 from ray_ministral.driver.feeder import Feeder
 from tests.cluster.inputs import huge_picture, make_config, picture, rows_of
 from tests.cluster.processes import is_alive, wait_for
+from tests.cluster.strikes import prepare_with
 
 pytestmark = pytest.mark.usefixtures("clean_cluster")
 
@@ -138,27 +138,6 @@ def deadly_decoder(data: bytes) -> None:
         os.abort()
 
 
-def hostile_prepare() -> Any:
-    """`tasks.prepare` with `deadly_decoder`."""
-
-    @ray.remote(num_cpus=0, num_returns="streaming", max_retries=0)
-    def prepare(*arguments: Any) -> Iterator[Any]:
-        original: Callable[..., Image.Image] = prepare_module.open_image
-
-        def open_image(data: bytes, limits: ImageLimits) -> Image.Image:
-            deadly_decoder(data)
-            return original(data, limits)
-
-        prepare_module.open_image = open_image
-        try:
-            shards, *others = arguments
-            yield from tasks._preparer(*others).chunks(shards)
-        finally:
-            prepare_module.open_image = original
-
-    return prepare
-
-
 @pytest.mark.slow
 def test_each_bad_row_has_its_own_error_and_a_thousand_good_ones_their_captions(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -186,7 +165,7 @@ def test_each_bad_row_has_its_own_error_and_a_thousand_good_ones_their_captions(
     write_rows(source / "a.parquet", [row[0] for row in mixed], [row[1] for row in mixed], row_group_size=400)
     write_bomb(source / "b.parquet")
 
-    monkeypatch.setattr(tasks, "prepare", hostile_prepare())
+    monkeypatch.setattr(tasks, "prepare", prepare_with(deadly_decoder))
     limits = ImageLimits(deadline_s=DEADLINE_S)
     summary = caption(make_config(model, source, tmp_path / "out", images=limits, **options))
 
@@ -210,7 +189,7 @@ def is_as_wanted(row: dict[str, Any], want: Row) -> bool:
     return row["status"] == status and row["caption"] is None and re.search(words, row["error"]) is not None
 
 
-def stopping_prepare(pid_file: Path, *, at: int, between: bool) -> Callable[[Sequence[Shard]], tasks.Preparation]:
+def stopping_prepare(pid_file: Path, *, at: int, between: bool) -> Callable[[Sequence[Shard]], Any]:
     """Starts tasks that yield a row a chunk, of which the first to come to row `at` is stopped there.
 
     `between`: after the chunk, before its pixels.
@@ -234,7 +213,7 @@ def stopping_prepare(pid_file: Path, *, at: int, between: bool) -> Callable[[Seq
                     stop_once(row)
                 yield f"pixels of {row}"
 
-    return lambda shards: tasks.Preparation(prepare.remote(shards), 60.0)
+    return prepare.remote
 
 
 @pytest.mark.parametrize("between", [False, True], ids=["before a chunk", "before its pixels"])

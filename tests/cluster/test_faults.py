@@ -7,22 +7,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from ray_ministral import caption
-from ray_ministral.captioning import prepare as prepare_module
 from ray_ministral.config import StageOptions
 from ray_ministral.driver import tasks
 from ray_ministral.driver.stage_actor import StageActor
 from ray_ministral.driver.summary import CaptionSummary
 from ray_ministral.errors import PlacementError, TooManyErrorsError
 from tests.cluster.inputs import BAD_PICTURES, GOOD_ROWS, make_config, picture, rows_of
-from tests.cluster.strikes import remote
+from tests.cluster.strikes import prepare_with, remote
 
 pytestmark = pytest.mark.usefixtures("clean_cluster")
 
@@ -118,24 +115,12 @@ def test_a_step_that_fails_costs_only_the_rows_at_fault_and_they_can_be_retried(
 def deadly(image: bytes, marks: Path, *, once: bool) -> Any:
     """`tasks.prepare` in which the decoder ends its process at one image, and leaves a mark each time."""
 
-    @ray.remote(num_cpus=0, num_returns="streaming", max_retries=0)
-    def prepare(*arguments: Any) -> Iterator[Any]:
-        original = prepare_module.open_image
+    def die(data: bytes) -> None:
+        if data == image and not (once and any(marks.iterdir())):
+            (marks / str(time.monotonic_ns())).touch()
+            os._exit(1)
 
-        def open_image(data: bytes, limits: Any) -> Any:
-            if data == image and not (once and any(marks.iterdir())):
-                (marks / str(time.monotonic_ns())).touch()
-                os._exit(1)
-            return original(data, limits)
-
-        prepare_module.open_image = open_image
-        try:
-            shards, *others = arguments
-            yield from tasks._preparer(*others).chunks(shards)
-        finally:
-            prepare_module.open_image = original
-
-    return prepare
+    return prepare_with(die)
 
 
 @pytest.mark.parametrize("once", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["always", "once"])

@@ -16,7 +16,6 @@ from ray_ministral.captioning.request import PreparedChunk, PreparedRow
 from ray_ministral.data.shards import Shard
 from ray_ministral.driver import feeder as feeder_module
 from ray_ministral.driver.feeder import Feeder, Prepared
-from ray_ministral.driver.tasks import Preparation
 from ray_ministral.errors import ClusterError, InputError
 
 DEADLINE_S = 60.0
@@ -85,10 +84,10 @@ class Workers:
     started: list[list[Shard]] = field(default_factory=list)
     generators: list[Generator] = field(default_factory=list)
 
-    def start(self, shards: Sequence[Shard]) -> Preparation:
+    def start(self, shards: Sequence[Shard]) -> Generator:
         self.started.append(list(shards))
         self.generators.append(Generator(self._stream(list(shards))))
-        return Preparation(self.generators[-1], DEADLINE_S)
+        return self.generators[-1]
 
     def _stream(self, shards: list[Shard]) -> Iterator[Any]:
         for index in dict.fromkeys(shard.index for shard in shards):
@@ -295,7 +294,7 @@ def test_a_row_that_had_its_time_is_told_from_one_that_crashed(
     monkeypatch: pytest.MonkeyPatch, seconds: float, words: str
 ) -> None:
     monkeypatch.setattr(feeder_module._Life, "seconds", seconds)
-    taken = take_all(Feeder(WHOLE, Workers(deadly=frozenset({(2, 3)})).start))
+    taken = take_all(Feeder(WHOLE, Workers(deadly=frozenset({(2, 3)})).start, DEADLINE_S))
     assert keys(taken) == all_keys(WHOLE)
     assert [row.row for row in failures(taken)] == [3]
     assert words in str(failures(taken)[0].failure)
