@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,12 +30,17 @@ class QueueTransport:
     def __init__(self, queues: dict[tuple[int, int, int], queue.Queue[Tensor]], stage: int) -> None:
         self._queues, self._stage = queues, stage
 
+    def _queue(self, sender: int, receiver: int, tag: int) -> queue.Queue[Tensor]:
+        # `setdefault` is atomic. With a defaultdict, a sender and a receiver that come at once can each make a queue,
+        # and the message lies in the one that nobody reads.
+        return self._queues.setdefault((sender, receiver, tag), queue.Queue())
+
     def send(self, tensor: Tensor, to_stage: int, tag: int) -> None:
-        self._queues[self._stage, to_stage, tag].put(tensor.detach().clone())
+        self._queue(self._stage, to_stage, tag).put(tensor.detach().clone())
 
     def receive(self, shape: tuple[int, ...], dtype: torch.dtype, from_stage: int, tag: int) -> Callable[[], Tensor]:
         def wait() -> Tensor:
-            tensor = self._queues[from_stage, self._stage, tag].get(timeout=TIMEOUT_S)
+            tensor = self._queue(from_stage, self._stage, tag).get(timeout=TIMEOUT_S)
             assert tuple(tensor.shape) == shape
             assert tensor.dtype == dtype
             return tensor
@@ -90,7 +94,7 @@ class Pipeline:
         seed: int = 0,
         twins: Sequence[ThreadTwins] | None = None,
     ) -> None:
-        queues: dict[tuple[int, int, int], queue.Queue[Tensor]] = defaultdict(queue.Queue)
+        queues: dict[tuple[int, int, int], queue.Queue[Tensor]] = {}
         self.num_stages, self.num_chunks = num_stages, len(chunk_layers)
         chunks: list[dict[int, Any]] = [{} for _ in range(num_stages)]
         start = 0
