@@ -53,6 +53,16 @@ class PreparedChunk:
 
 
 @dataclass(frozen=True)
+class Began:
+    """What a preparing task says first: its worker is up, and begins with the rows, at `at` (seconds since the epoch).
+
+    From the task's start to there it may have waited for a worker, and for that one's imports.
+    """
+
+    at: float
+
+
+@dataclass(frozen=True)
 class RowResult:
     """What is written for one row. `row` counts within the row group; `token_ids` are the generated ids."""
 

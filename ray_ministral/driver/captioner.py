@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
-from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,17 +17,17 @@ from ray.exceptions import RayActorError, RayError
 from ray_ministral.captioning.batching import BatchScheduler, Finished, Request
 from ray_ministral.captioning.plan import StepPlan
 from ray_ministral.captioning.request import OK, PreparedRow, RowFailure, RowResult
-from ray_ministral.captioning.suspects import Suspects, Verdict
+from ray_ministral.captioning.suspects import Verdict
 from ray_ministral.config import CaptionConfig, StageOptions
-from ray_ministral.data.commits import LEAVE_S, Commits
-from ray_ministral.data.parts import Attempt
 from ray_ministral.driver import tasks
 from ray_ministral.driver.clock import Clock
 from ray_ministral.driver.cluster import Resolved, connected, resolve
 from ray_ministral.driver.feeder import Feeder, Prepared
 from ray_ministral.driver.job import CaptionJob
+from ray_ministral.driver.lost_rows import LostRows
+from ray_ministral.driver.part_writer import PartWriter
 from ray_ministral.driver.parts import PartTracker
-from ray_ministral.driver.pipeline import NewActor, Pipeline, describe_error, lost_objects, raise_if_ours, root_cause
+from ray_ministral.driver.pipeline import NewActor, Pipeline, root_cause
 from ray_ministral.driver.policies import too_many_errors
 from ray_ministral.driver.profiling import Profiling
 from ray_ministral.driver.progress import Progress
@@ -44,9 +41,6 @@ from ray_ministral.driver.trace import Trace
 from ray_ministral.driver.watch import Nodes
 from ray_ministral.errors import (
     ClusterError,
-    LeaseLostError,
-    OutputError,
-    RayMinistralError,
     StageDiedError,
     TooManyErrorsError,
 )
@@ -79,12 +73,7 @@ class Captioner:
         self._actor_class = stage_actor
         self._clock = Clock()
         self._supervisor: Supervisor | None = None
-        self._suspects = Suspects()
         self._nodes = Nodes()
-        self._homeless: deque[Request] = deque()
-        """Rows that have lost their replica and wait for another, or for the same."""
-        self._without_pixels: dict[tuple[int, int], Request] = {}
-        """Rows whose pixels were lost with a node and are prepared again, by shard and row."""
 
     @property
     def _replicas(self) -> list[Replica]:
@@ -106,7 +95,6 @@ class Captioner:
         with ExitStack() as stack:
             self._job, self._split = job, job.split
             self._tracker = PartTracker(job.plan.shards, job.committed, job.failed_rows)
-            self._writes: dict[Any, tuple[int, float]] = {}
             self._trace = stack.enter_context(Trace(self.config.trace))
             progress = self._progress = stack.enter_context(Progress(job.plan.rows, self._tracker.done_before))
             if not self._tracker.done:
@@ -133,12 +121,13 @@ class Captioner:
         self._clock.lap("cluster")
         self._feeder = Feeder(self._tracker.wanted(), self._start_prepare, self.config.images.deadline_s)
         stack.callback(self._feeder.close)
+        self._lost = LostRows(self._job.plan.shards, self._feeder, self._give_up)
         with self._trace.driver("stages"):
             self._supervisor = self._start_replicas(stack)
         self._spans = StepSpans(self._trace, [replica.pipeline for replica in self._replicas])
         stack.callback(self._spans.finish)
-        self._commits = stack.enter_context(Commits(self._job.ledger))
-        stack.push(self._commit_what_is_whole)
+        writer = PartWriter(self._job, self._trace, with_token_ids=self.config.with_token_ids)
+        self._writer = stack.enter_context(writer)
         self._progress_at = time.monotonic()
 
     def _start_replicas(self, stack: ExitStack) -> Supervisor:
@@ -171,7 +160,7 @@ class Captioner:
             for spec in self._split.partition.stages
         ]
         replicas = [Replica(pipeline, self._scheduler(resolved)) for pipeline in pipelines]
-        supervisor = Supervisor(config, replicas, arguments, spares, self._suspects, self._stage_died)
+        supervisor = Supervisor(config, replicas, arguments, spares, self._lost.suspects, self._stage_died)
         supervisor.start(self._progress.message)
         reports = [report for replica in supervisor.replicas for report in replica.pipeline.loaded.values()]
         slowest = max(reports, key=lambda report: report.import_seconds + report.load_seconds)
@@ -209,17 +198,11 @@ class Captioner:
     def _admit(self) -> None:
         """Hand rows to the replica with most room, as long as one has any: those without a replica first."""
         with self._trace.driver("admit"):
-            while self._house() or (not self._homeless and self._admit_chunk()):
+            while self._house() if self._lost.are_homeless else self._admit_chunk():
                 pass
 
     def _house(self) -> bool:
-        """Give some of those that have lost their replica another one."""
-        if not self._homeless:
-            return False
-        replica = max(self._replicas, key=lambda replica: replica.room)
-        rows = [self._homeless.popleft() for _ in range(min(replica.room, len(self._homeless)))]
-        replica.scheduler.add_first(rows)
-        return bool(rows)
+        return self._lost.house(max(self._replicas, key=lambda replica: replica.room))
 
     def _admit_chunk(self) -> bool:
         """The next chunk, if there is room and one is ready."""
@@ -243,9 +226,7 @@ class Captioner:
             return
         self._clock.first_admission()
         pixels = (prepared.pixels, index) if row.image_sizes else None
-        again = self._without_pixels.pop((shard_index, row.row), None)
-        if again is not None:
-            again.pixels = pixels
+        if (again := self._lost.prepared_again(shard_index, row.row, pixels)) is not None:
             replica.scheduler.add(again)
             return
         images = self._job.image_tokens(row.image_sizes)
@@ -269,12 +250,12 @@ class Captioner:
     def _handle_events(self) -> None:
         """Wait for whatever comes first: tokens, a chunk, a written part."""
         steps = {reference: replica for replica in self._replicas for reference in replica.in_flight}
-        waitables = [*steps, *self._writes, *(self._supervisor.waitables if self._supervisor else ())]
+        waitables = [*steps, *self._writer.waitables, *(self._supervisor.waitables if self._supervisor else ())]
         if any(replica.room for replica in self._replicas) and self._feeder.waitable() is not None:
             waitables.append(self._feeder.waitable())
         if not waitables:
-            assert not self._commits.is_idle, "rows are missing, and nothing is under way that could bring them"
-            if not self._commits.wait(WAIT_S):
+            assert not self._writer.is_idle, "rows are missing, and nothing is under way that could bring them"
+            if not self._writer.wait_for_commit(WAIT_S):
                 self._check_for_hang()
             return
         with self._trace.driver("wait"):
@@ -288,8 +269,8 @@ class Captioner:
             if reference in steps:
                 with self._trace.driver("complete"):
                     self._step_done(steps[reference], reference)
-            elif reference in self._writes:
-                self._write_done(reference)
+            elif reference in self._writer.waitables:
+                self._writer.written(reference)
 
     def _step_done(self, replica: Replica, reference: Any) -> None:
         plan = replica.in_flight.pop(reference, None)
@@ -309,57 +290,23 @@ class Captioner:
         if isinstance(cause, RayActorError):
             assert self._supervisor is not None
             self._supervisor.step_lost(replica, cause)
-            return
-        rows = replica.scheduler.fail(plan)
-        logger.warning("%s: step %d failed: %s", replica.pipeline.name, plan.step, describe_error(error))
-        if isinstance(cause, RayError):
-            # No fault of the rows: their pixels, or a stage's result, were lost with a node.
-            replica.scheduler.add_first(rows)
-            self._prepare_lost(rows[plan.num_decode :])
-            return
-        verdict = self._suspects.after_error(rows)
-        replica.scheduler.add_first(verdict.again)
-        stage = "prefill" if plan.prefills else "decode_token"
-        self._give_up(verdict, describe_error(error), stage)
-
-    def _prepare_lost(self, entering: Sequence[Request]) -> None:
-        """Read rows once more whose pixels are gone: of a step that missed some, and of all that wait for theirs.
-
-        What they have generated is kept.
-        """
-        queues = [self._homeless, *(replica.scheduler.waiting for replica in self._replicas)]
-        waiting = [request for queue in queues for request in queue]
-        gone = lost_objects({request.block for request in waiting} - {None})
-        gone |= {request.block for request in entering} - {None}
-        lost = [request for request in waiting if request.block in gone]
-        for queue in queues:
-            kept = [request for request in queue if request.block not in gone]
-            queue.clear()
-            queue.extend(kept)
-        shards = self._job.plan.shards
-        for request in lost:
-            request.pixels = None
-            self._without_pixels[request.key.shard_index, request.key.row] = request
-        rows = [(shards[request.key.shard_index], request.key.row) for request in lost]
-        self._feeder.again([replace(shard, start=row, stop=row + 1) for shard, row in rows])
+        else:
+            self._lost.step_failed(replica, self._replicas, plan, error)
 
     def _stage_died(self, verdict: Verdict, error: StageDiedError) -> None:
-        """A replica gives its rows back."""
         self._progress_at = time.monotonic()
-        self._homeless.extendleft(reversed(verdict.again))
-        self._give_up(verdict, f"a stage died each time that this row was on it: {error}", "prefill")
+        self._lost.stage_died(verdict, error)
 
-    def _give_up(self, verdict: Verdict, error: str, stage: str) -> None:
-        for request in verdict.given_up:
-            key: RowKey = request.key
-            result = RowResult.failed(
-                key.row,
-                RowFailure("engine_error", error, stage),
-                prompt_tokens=len(request.token_ids),
-                image_tokens=key.image_tokens,
-                attempts=request.attempts,
-            )
-            self._file(key.shard_index, result, key.images)
+    def _give_up(self, request: Request, failure: RowFailure) -> None:
+        key: RowKey = request.key
+        result = RowResult.failed(
+            key.row,
+            failure,
+            prompt_tokens=len(request.token_ids),
+            image_tokens=key.image_tokens,
+            attempts=request.attempts,
+        )
+        self._file(key.shard_index, result, key.images)
 
     def _captioned(self, finished: Finished) -> RowResult:
         request, key = finished.request, finished.request.key
@@ -391,59 +338,17 @@ class Captioner:
                 f"{result.error}"
             )
         if results is not None:
-            with self._trace.driver("file", part=shard.part_name):
-                reference = tasks.write.remote(
-                    shard,
-                    results,
-                    self._job.ledger.output,
-                    self._job.plan.carried_columns,
-                    self.config.with_token_ids,
-                    keep_others=shard_index in self._job.failed_rows,
-                )
-            self._writes[reference] = shard_index, time.time()
-
-    def _write_done(self, reference: Any) -> None:
-        shard_index, started = self._writes.pop(reference)
-        part_name = self._job.plan.shards[shard_index].part_name
-        try:
-            attempt: Attempt = ray.get(reference)
-        except RayError as error:
-            raise_if_ours(error)
-            if isinstance(root_cause(error), OSError):
-                raise OutputError(f"{part_name} cannot be written: {describe_error(error)}") from error
-            raise ClusterError(f"{part_name} cannot be written: {describe_error(error)}") from error
-        self._trace.beside("write", started, time.time() - started, part=part_name)
-        self._commits.submit(shard_index, attempt, generation=self._generation())
+            self._writer.write(shard_index, results, generation=self._generation())
 
     def _generation(self) -> int:
         return max((replica.pipeline.generation for replica in self._replicas), default=0)
 
     def _note_commits(self) -> None:
         """Parts that have come into the ledger."""
-        for commit in self._commits.done():
-            self._trace.beside("commit", commit.started, commit.seconds, part=commit.info.name)
+        for commit in self._writer.committed():
             self._tracker.committed(commit.shard_index, commit.info)
             self._clock.last_commit()
             self._progress_at = time.monotonic()
-
-    def _commit_what_is_whole(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        """When the job ends early: shards that are whole are written already, or are being written."""
-        if error is None or isinstance(error, OutputError | LeaseLostError):
-            return
-        deadline = time.monotonic() + LEAVE_S
-        if under_way := len(self._writes) + len(self._commits.under_way):
-            logger.info("committing %d parts that are whole, in at most %.0f s", under_way, LEAVE_S)
-        try:
-            while self._writes and time.monotonic() < deadline:
-                ready, _ = ray.wait(list(self._writes), num_returns=1, timeout=WAIT_S, fetch_local=False)
-                for reference in ready:
-                    self._write_done(reference)
-        except (RayMinistralError, RayError) as later:  # what ended the job is what is told
-            logger.warning("not everything that was whole could be committed: %s", later)
-        if self._writes:
-            names = [self._job.plan.shards[index].part_name for index, _ in self._writes.values()]
-            logger.warning("not written in time, and done again by the same command: %s", ", ".join(names))
-        self._commits.close(max(0.0, deadline - time.monotonic()))
 
     def _supervise(self) -> None:
         if self._supervisor is not None:
@@ -462,12 +367,11 @@ class Captioner:
         # A step that hangs is given up at its time-out, and its stage replaced; only then it is for us to end the job.
         if silent < config.step_timeout_s + (2 * config.health_timeout_s if steps else 0.0):
             return
-        if not steps and not self._writes and self._feeder.restart_stuck(silent):
+        if not steps and not self._writer.waitables and self._feeder.restart_stuck(silent):
             self._progress_at = time.monotonic()
             return
         under_way = [f"{steps} steps"] if steps else []
-        under_way += [f"the writing of {self._job.plan.shards[index].part_name}" for index, _ in self._writes.values()]
-        under_way += [f"the commit of {name}" for name in self._commits.under_way]
+        under_way += self._writer.under_way
         under_way += [f"the preparing of {place}" for place in self._feeder.under_way()]
         raise ClusterError(
             f"nothing has come back for {silent:.0f} s, though all stages answer; under way: {', '.join(under_way)}. "

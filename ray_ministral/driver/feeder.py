@@ -22,7 +22,7 @@ import ray
 from ray.exceptions import NodeDiedError, ObjectLostError, RayError, RayTaskError
 
 from ray_ministral.captioning.prepare import CHUNK_ROWS
-from ray_ministral.captioning.request import PreparedChunk, PreparedRow, RowFailure
+from ray_ministral.captioning.request import Began, PreparedChunk, PreparedRow, RowFailure
 from ray_ministral.config import ImageLimits
 from ray_ministral.data.shards import Shard
 from ray_ministral.driver.pipeline import describe_error, raise_if_ours
@@ -65,20 +65,25 @@ class _Unit:
 
 
 class _Life:
-    """How long a task took until it ended or died, however late somebody asks."""
+    """How long a worker was at its rows until it ended or died, however late somebody asks.
+
+    By the clocks of its machine and of this one: good enough to say which of two things has happened.
+    """
 
     def __init__(self, generator: Any) -> None:
-        self._started = time.monotonic()
+        self.began: float | None = None
         self._ended: float | None = None
         self._end = generator.completed().future()  # kept, so that it is called
         self._end.add_done_callback(self._note_end)
 
     def _note_end(self, _: Any) -> None:
-        self._ended = time.monotonic()
+        self._ended = time.time()
 
     @property
     def seconds(self) -> float:
-        return (time.monotonic() if self._ended is None else self._ended) - self._started
+        if self.began is None:
+            return 0.0
+        return (time.time() if self._ended is None else self._ended) - self.began
 
 
 class Feeder:
@@ -168,7 +173,11 @@ class Feeder:
                 return None
             try:
                 if unit.chunk is None:
-                    unit.chunk = ray.get(next(unit.generator), timeout=TAKE_TIMEOUT_S)
+                    item = ray.get(next(unit.generator), timeout=TAKE_TIMEOUT_S)
+                    if isinstance(item, Began):
+                        unit.life.began = item.at
+                    else:
+                        unit.chunk = item
                     continue
                 chunk, pixels = unit.chunk, next(unit.generator)
                 if pixels == unit.generator.completed():

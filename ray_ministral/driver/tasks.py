@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 from ray_ministral.captioning.prepare import RowPreparer
-from ray_ministral.captioning.request import Pixels, PreparedChunk, RowResult
+from ray_ministral.captioning.request import Began, Pixels, PreparedChunk, RowResult
 from ray_ministral.config import ImageLimits, PromptConfig
 from ray_ministral.data.limits import lift_limits
 from ray_ministral.data.parts import Attempt, read_own_columns, write_part
@@ -44,14 +44,15 @@ def prepare(
     images: ImageLimits,
     max_prompt_tokens: int,
     limit_column: str | None,
-) -> Iterator[PreparedChunk | Pixels]:
-    """See `captioning.prepare.prepare_shards`: a stream of chunks, each followed by its pixels.
+) -> Iterator[Began | PreparedChunk | Pixels]:
+    """See `captioning.prepare.prepare_shards`: a stream of chunks, each followed by its pixels. `Began` comes first.
 
     A row that takes longer than `images.deadline_s` ends the worker. Limits on memory hold while a batch is read and
     while a row is prepared, and are gone before anything is yielded: a worker writes parts and runs other tasks, too.
     """
     lift_limits()
     made = _preparer(model_dir, prompt, images, max_prompt_tokens, limit_column).chunks(shards)
+    yield Began(time.time())
     while True:
         started, begun = time.time(), time.perf_counter()
         item = next(made, None)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from ray.exceptions import NodeDiedError, RayError, RayTaskError, WorkerCrashedError
 
-from ray_ministral.captioning.request import PreparedChunk, PreparedRow
+from ray_ministral.captioning.request import Began, PreparedChunk, PreparedRow
 from ray_ministral.data.shards import Shard
 from ray_ministral.driver import feeder as feeder_module
 from ray_ministral.driver.feeder import Feeder, Prepared
@@ -90,6 +90,7 @@ class Workers:
         return self.generators[-1]
 
     def _stream(self, shards: list[Shard]) -> Iterator[Any]:
+        yield Began(0.0)
         for index in dict.fromkeys(shard.index for shard in shards):
             rows = [row for shard in shards if shard.index == index for row in range(shard.start, shard.stop)]
             for at in range(0, len(rows), self.chunk_rows):
@@ -288,6 +289,8 @@ class Ticking:
         self.now += 1.0
         return self.now
 
+    time = monotonic
+
 
 @pytest.mark.parametrize(("seconds", "words"), [(59.0, "died"), (60.5, "took longer than its deadline of 60 s")])
 def test_a_row_that_had_its_time_is_told_from_one_that_crashed(
@@ -304,15 +307,17 @@ def failures(taken: list[Prepared]) -> list[PreparedRow]:
     return [row for prepared in taken for row in prepared.chunk.rows if row.failure is not None]
 
 
-def test_the_time_of_a_task_is_taken_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_of_a_worker_is_taken_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feeder_module, "time", Ticking())
     generator = Generator(iter(()))
     end: Future[Any] = Future()
     generator.end.future = lambda: end  # type: ignore[method-assign]
     life = feeder_module._Life(generator)
-    assert (life.seconds, life.seconds) == (1.0, 2.0), "it goes on"
+    assert life.seconds == 0.0, "it has not begun"
+    life.began = 0.5
+    assert (life.seconds, life.seconds) == (0.5, 1.5), "it goes on"
     end.set_exception(WorkerCrashedError())
-    assert (life.seconds, life.seconds) == (3.0, 3.0)
+    assert (life.seconds, life.seconds) == (2.5, 2.5)
 
 
 class Silent(FakeRay):
@@ -329,7 +334,7 @@ class Silent(FakeRay):
         return ready, [generator for generator in references if generator not in ready]
 
 
-@pytest.mark.parametrize("after", range(5), ids="after {} references".format)
+@pytest.mark.parametrize("after", range(6), ids="after {} references".format)
 def test_a_worker_that_says_nothing_is_given_up_and_its_rows_are_prepared_again(
     monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
@@ -342,7 +347,7 @@ def test_a_worker_that_says_nothing_is_given_up_and_its_rows_are_prepared_again(
     taken = []
     while (prepared := feeder.take()) is not None:
         taken.append(prepared)
-    assert len(taken) == after // 2, "a chunk whose pixels never come stops nobody"
+    assert len(taken) == max(0, after - 1) // 2, "a chunk whose pixels never come stops nobody"  # `Began` comes first
     assert feeder.restart_stuck(600.0)
     assert stopped.killed
     assert later.killed, "it may be stopped just as well"
