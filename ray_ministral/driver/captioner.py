@@ -204,10 +204,14 @@ class Captioner:
     def _house(self) -> bool:
         return self._lost.house(max(self._replicas, key=lambda replica: replica.room))
 
+    def _wants_rows(self) -> bool:
+        """Whether there is room for more on a stage, and for what comes of them at the output."""
+        return any(replica.room for replica in self._replicas) and not self._writer.is_full
+
     def _admit_chunk(self) -> bool:
         """The next chunk, if there is room and one is ready."""
         replica = max(self._replicas, key=lambda replica: replica.room)
-        prepared = self._feeder.take() if replica.room else None
+        prepared = self._feeder.take() if self._wants_rows() else None
         if prepared is None:
             return False
         chunk = prepared.chunk
@@ -251,7 +255,7 @@ class Captioner:
         """Wait for whatever comes first: tokens, a chunk, a written part."""
         steps = {reference: replica for replica in self._replicas for reference in replica.in_flight}
         waitables = [*steps, *self._writer.waitables, *(self._supervisor.waitables if self._supervisor else ())]
-        if any(replica.room for replica in self._replicas) and self._feeder.waitable() is not None:
+        if self._wants_rows() and self._feeder.waitable() is not None:
             waitables.append(self._feeder.waitable())
         if not waitables:
             assert not self._writer.is_idle, "rows are missing, and nothing is under way that could bring them"

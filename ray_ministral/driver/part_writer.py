@@ -1,9 +1,14 @@
-"""`PartWriter`: whole shards on their way out: written by a task, then committed by the driver, beside its loop."""
+"""`PartWriter`: whole shards on their way out: written by a task, then committed by the driver, beside its loop.
+
+Where the output is slower than the stages, parts pile up here, and only here: a few are written at a time, and once
+`PARTS_AHEAD` are under way no more rows are admitted.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Collection, Sequence
 from types import TracebackType
 from typing import Any
@@ -22,6 +27,9 @@ from ray_ministral.errors import ClusterError, LeaseLostError, OutputError, RayM
 
 logger = logging.getLogger(__name__)
 
+WRITES_AT_ONCE = 4
+PARTS_AHEAD = 16
+
 
 class PartWriter:
     """Of one job. A context manager: where the job ends early, what is whole is committed before it leaves."""
@@ -29,6 +37,7 @@ class PartWriter:
     def __init__(self, job: CaptionJob, trace: Trace, *, with_token_ids: bool) -> None:
         self._job, self._trace, self._with_token_ids = job, trace, with_token_ids
         self._commits = Commits(job.ledger)
+        self._whole: deque[tuple[int, Sequence[RowResult]]] = deque()
         self._writes: dict[Any, tuple[int, float]] = {}
         self._generation = 0
 
@@ -43,30 +52,27 @@ class PartWriter:
         return not self._writes and self._commits.is_idle
 
     @property
+    def is_full(self) -> bool:
+        """Whether so much is under way that no more rows should be begun."""
+        return len(self.under_way) >= PARTS_AHEAD
+
+    @property
     def under_way(self) -> list[str]:
         """What is under way, for people."""
-        return [f"the writing of {name}" for name in self._being_written()] + [
+        return [f"the writing of {name}" for name in self._not_written()] + [
             f"the commit of {name}" for name in self._commits.under_way
         ]
 
     def write(self, shard_index: int, results: Sequence[RowResult], *, generation: int) -> None:
-        """Start writing the part of a shard; `results` of all its rows, or of those that were tried again."""
-        shard = self._job.plan.shards[shard_index]
+        """Have the part of a shard written; `results` of all its rows, or of those that were tried again."""
         self._generation = max(self._generation, generation)
-        with self._trace.driver("file", part=shard.part_name):
-            reference = tasks.write.remote(
-                shard,
-                results,
-                self._job.ledger.output,
-                self._job.plan.carried_columns,
-                self._with_token_ids,
-                keep_others=shard_index in self._job.failed_rows,
-            )
-        self._writes[reference] = shard_index, time.time()
+        self._whole.append((shard_index, results))
+        self._start_writes()
 
     def written(self, reference: Any) -> None:
         """Let a part that is written be committed. Raises `OutputError`, `ClusterError`."""
         shard_index, started = self._writes.pop(reference)
+        self._start_writes()
         part_name = self._job.plan.shards[shard_index].part_name
         try:
             attempt: Attempt = ray.get(reference)
@@ -102,8 +108,8 @@ class PartWriter:
     def _commit_what_is_whole(self) -> None:
         """The job ends early: shards that are whole are written already, or are being written."""
         deadline = time.monotonic() + LEAVE_S
-        if under_way := len(self._writes) + len(self._commits.under_way):
-            logger.info("committing %d parts that are whole, in at most %.0f s", under_way, LEAVE_S)
+        if under_way := self.under_way:
+            logger.info("committing %d parts that are whole, in at most %.0f s", len(under_way), LEAVE_S)
         try:
             while self._writes and (left := deadline - time.monotonic()) > 0:
                 ready, _ = ray.wait(list(self._writes), num_returns=1, timeout=left, fetch_local=False)
@@ -111,11 +117,25 @@ class PartWriter:
                     self.written(reference)
         except (RayMinistralError, RayError) as later:  # what ended the job is what is told
             logger.warning("not everything that was whole could be committed: %s", later)
-        if self._writes:
-            logger.warning(
-                "not written in time, and done again by the same command: %s", ", ".join(self._being_written())
-            )
+        if names := self._not_written():
+            logger.warning("not written in time, and done again by the same command: %s", ", ".join(names))
         self._commits.close(max(0.0, deadline - time.monotonic()))
 
-    def _being_written(self) -> list[str]:
-        return [self._job.plan.shards[index].part_name for index, _ in self._writes.values()]
+    def _start_writes(self) -> None:
+        while self._whole and len(self._writes) < WRITES_AT_ONCE:
+            shard_index, results = self._whole.popleft()
+            shard = self._job.plan.shards[shard_index]
+            with self._trace.driver("file", part=shard.part_name):
+                reference = tasks.write.remote(
+                    shard,
+                    results,
+                    self._job.ledger.output,
+                    self._job.plan.carried_columns,
+                    self._with_token_ids,
+                    keep_others=shard_index in self._job.failed_rows,
+                )
+            self._writes[reference] = shard_index, time.time()
+
+    def _not_written(self) -> list[str]:
+        indices = [index for index, _ in (*self._writes.values(), *self._whole)]
+        return [self._job.plan.shards[index].part_name for index in indices]

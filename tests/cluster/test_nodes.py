@@ -48,8 +48,8 @@ model, source, output = map(Path, sys.argv[1:])
 seen = []
 
 class Watched(Captioner):
-    def _write_done(self, reference):
-        super()._write_done(reference)
+    def _note_commits(self):
+        super()._note_commits()
         seen.append((self._tracker.totals.rows, process_memory()["rss"]))
 
 Watched(make_config(model, source, output, rows_per_shard=40, max_new_tokens=2)).run()
