@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,27 +18,16 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.experimental import get_object_locations
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_ministral.config import STAGE_ENVIRONMENT, PipelineConfig
 from ray_ministral.driver.cluster import Resolved, alive_nodes
+from ray_ministral.driver.places import ANNOUNCE_EVERY_S, Announce, Place, reserve_places
 from ray_ministral.driver.stage_actor import LoadReport, StageStatus
-from ray_ministral.errors import PlacementError, RayMinistralError, StageDiedError
+from ray_ministral.errors import RayMinistralError, StageDiedError
 
-ANNOUNCE_EVERY_S = 5.0
 STATUS_TIMEOUT_S = 0.5  # for a line of progress
 HEALTH_TIMEOUT_S = 15.0  # a stage that does not answer for so long is taken for hung
-
-Announce = Callable[[str], None]
-
-
-@dataclass(frozen=True, eq=False)
-class Place:
-    """Room for a stage: a bundle of a placement group."""
-
-    group: PlacementGroup
-    bundle: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +43,7 @@ class NewActor:
         actor = self.actor_class.options(
             num_cpus=resolved.threads,
             num_gpus=1 if resolved.device == "cuda" else 0,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                place.group, placement_group_bundle_index=place.bundle
-            ),
+            scheduling_strategy=place.strategy,
             runtime_env={"env_vars": STAGE_ENVIRONMENT | {"OMP_NUM_THREADS": str(resolved.threads)}},
         ).remote()
         return actor, actor.warm_up.remote()  # what goes wrong there goes wrong in `load`, too
@@ -65,15 +52,14 @@ class NewActor:
 class Pipeline:
     """One replica: an actor for each stage. `generation` grows with each rebuild.
 
-    The actors have `warm_up()`, `load(...) -> LoadReport`, and in a concurrency group of their own `status()`. At first
-    the places of all are in one placement group, which is this replica's; a spare that stands in brings its own.
+    The actors have `warm_up()`, `load(...) -> LoadReport`, and in a concurrency group of their own `status()`. A
+    spare that stands in brings its place with it.
     """
 
     def __init__(self, name: str, places: Sequence[Place], new_actor: NewActor, generation: int) -> None:
         self.name = name
         self.generation = generation
         self.places = list(places)
-        self._groups = {place.group.id: place.group for place in places}
         self.new_actor = new_actor
         self.actors: list[Any] = []
         self.warm_ups: list[Any] = []
@@ -96,11 +82,9 @@ class Pipeline:
 
         Raises `PlacementError` where the cluster has no room within `config.placement_timeout_s`.
         """
-        group = placement_group([resolved.bundle] * num_stages, strategy="PACK")
-        places = [Place(group, index) for index in range(num_stages)]
+        places = reserve_places(name, resolved, num_stages, config.placement_timeout_s, announce)
         pipeline = cls(name, places, NewActor(actor_class, resolved), generation)
         try:
-            _wait_for_room(name, group, resolved, num_stages, config.placement_timeout_s, announce)
             for place in places:
                 actor, warm_up = pipeline.new_actor(place)
                 pipeline.actors.append(actor)
@@ -163,8 +147,10 @@ class Pipeline:
             )
 
     def replace(self, index: int) -> None:
-        """Start another actor at the place of a stage whose actor is dead, or is ended now."""
+        """Start another actor for a stage whose actor is dead, or is ended now; elsewhere if its node is dead, too."""
         end_actor(self.actors[index])
+        if self.places[index].is_lost:
+            self.places[index].renew()
         self.actors[index], self.warm_ups[index] = self.new_actor(self.places[index])
 
     def stage_of(self, error: RayActorError) -> int | None:
@@ -201,9 +187,8 @@ class Pipeline:
         """End the actors and give the room back. Never raises: it runs while something else is being raised."""
         for actor in self.actors:
             end_actor(actor)
-        for group in self._groups.values():
-            with suppress(Exception):
-                remove_placement_group(group)
+        for place in self.places:
+            place.give_back()
 
     def _raise_failed_loads(self) -> None:
         for index, load in enumerate(self._loads):
@@ -277,19 +262,3 @@ def _describe(index: int, status: StageStatus | None) -> str:
     if status.total_bytes:
         return f"stage {index} {status.phase} ({status.loaded_bytes / 1e6:.0f} of {status.total_bytes / 1e6:.0f} MB)"
     return f"stage {index} {status.phase}"
-
-
-def _wait_for_room(
-    name: str, group: PlacementGroup, resolved: Resolved, stages: int, timeout_s: float, announce: Announce
-) -> None:
-    needs = f"{stages} x {', '.join(f'{amount:g} {kind}' for kind, amount in resolved.bundle.items())}"
-    deadline = time.monotonic() + timeout_s
-    while not group.wait(timeout_seconds=min(ANNOUNCE_EVERY_S, timeout_s)):
-        free, has = ray.available_resources(), ray.cluster_resources()
-        offers = ", ".join(f"{free.get(kind, 0):g} of {has.get(kind, 0):g} {kind} free" for kind in resolved.bundle)
-        if time.monotonic() > deadline:
-            raise PlacementError(
-                f"{name}: no room for {needs} within {timeout_s:.0f} s; the cluster has {offers}: use fewer --stages, "
-                "--replicas or --threads-per-stage, or add nodes"
-            )
-        announce(f"{name}: waiting for room for {needs}; the cluster has {offers}")

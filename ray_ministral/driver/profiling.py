@@ -17,7 +17,8 @@ from ray_ministral.captioning.costs import Shapes
 from ray_ministral.config import CaptionConfig, StageOptions
 from ray_ministral.driver.cluster import Resolved
 from ray_ministral.driver.feeder import Feeder
-from ray_ministral.driver.pipeline import ANNOUNCE_EVERY_S, Announce, Pipeline, describe_error
+from ray_ministral.driver.pipeline import Pipeline, describe_error
+from ray_ministral.driver.places import ANNOUNCE_EVERY_S, Announce
 from ray_ministral.driver.split import Split
 from ray_ministral.model.architecture import Architecture
 

@@ -14,6 +14,9 @@ from ray_ministral.driver.pipeline import Pipeline, describe_error, root_cause
 from ray_ministral.driver.spares import Spares
 from ray_ministral.errors import ClusterError, StageDiedError
 
+LOOK_EVERY_S = 0.5
+"""How often to see whether places were lost."""
+
 Arguments = Sequence[tuple[Any, ...]]
 """What the actor of each stage loads, first to last, without the generation."""
 
@@ -27,6 +30,7 @@ class Recovery:
         self._pipeline, self._arguments, self._spares = pipeline, arguments, spares
         self.began = time.monotonic()
         self._survivors: set[Any] = set()
+        self._look_at = 0.0
         self.waitables: dict[Any, int] = {}
         """What each stage has been asked for."""
         for stage, actor in enumerate(pipeline.actors):
@@ -56,8 +60,18 @@ class Recovery:
             self._pipeline.replace(stage)
         self._load(stage)
 
+    def _look_after_places(self) -> None:
+        """Those that wait for room, or load, at a place that is lost, wait somewhere else."""
+        if time.monotonic() < self._look_at:
+            return
+        self._look_at = time.monotonic() + LOOK_EVERY_S
+        for stage in [stage for reference, stage in self.waitables.items() if reference not in self._survivors]:
+            if self._pipeline.places[stage].is_lost:
+                self.replace(stage)
+
     def poll(self) -> dict[int, StageDiedError]:
         """The stages that have died since the last call. Raises what is wrong with the model or the package."""
+        self._look_after_places()
         dead: dict[int, StageDiedError] = {}
         ready, _ = ray.wait(list(self.waitables), num_returns=len(self.waitables), timeout=0)
         for reference in ready:

@@ -5,15 +5,18 @@ Each has a place of its own. The place of the stage that it stands in for become
 
 from __future__ import annotations
 
-from contextlib import suppress
+import time
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import placement_group, remove_placement_group
 
-from ray_ministral.driver.pipeline import NewActor, Pipeline, Place, end_actor, is_ready
+from ray_ministral.driver.pipeline import NewActor, Pipeline, end_actor, is_ready
+from ray_ministral.driver.places import Place
+
+LOOK_EVERY_S = 2.0
+"""How often to see whether places were lost."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,10 +31,10 @@ class Spares:
 
     def __init__(self, number: int, new_actor: NewActor) -> None:
         self._new_actor = new_actor
-        self._groups = [placement_group([new_actor.resolved.bundle]) for _ in range(number)]
         self._waiting: list[_Spare] = []
-        for group in self._groups:
-            self._start(Place(group))
+        self._look_at = 0.0
+        for _ in range(number):
+            self._start(Place(new_actor.resolved))
 
     def stand_in(self, pipeline: Pipeline, index: int) -> bool:
         """Give a stage of `pipeline` a spare in place of its actor; False where none is ready."""
@@ -47,15 +50,25 @@ class Spares:
         self._start(freed)
         return True
 
+    def poll(self) -> None:
+        """Start those anew whose node has died."""
+        if time.monotonic() < self._look_at:
+            return
+        self._look_at = time.monotonic() + LOOK_EVERY_S
+        for spare in [spare for spare in self._waiting if spare.place.is_lost]:
+            self._waiting.remove(spare)
+            end_actor(spare.actor)
+            self._start(spare.place)
+
     def close(self) -> None:
         """End them and give their room back. Never raises."""
         for spare in self._waiting:
             end_actor(spare.actor)
-        for group in self._groups:
-            with suppress(Exception):
-                remove_placement_group(group)
+            spare.place.give_back()
 
     def _start(self, place: Place) -> None:
+        if place.is_lost:
+            place.renew()
         actor, warm_up = self._new_actor(place)
         self._waiting.append(_Spare(actor, warm_up, place))
 

@@ -18,7 +18,7 @@ from ray.exceptions import RayActorError
 from ray_ministral.captioning.step_times import StageTotals
 from ray_ministral.captioning.suspects import Suspects, Verdict
 from ray_ministral.config import PipelineConfig
-from ray_ministral.driver.pipeline import ANNOUNCE_EVERY_S, Announce
+from ray_ministral.driver.places import ANNOUNCE_EVERY_S, Announce
 from ray_ministral.driver.policies import Death, Decision, FailurePolicy
 from ray_ministral.driver.recovery import Arguments, Recovery
 from ray_ministral.driver.replica import Replica
@@ -79,6 +79,7 @@ class Supervisor:
 
     def poll(self) -> None:
         """Go on with what recovers; find what hangs. Waits for nothing. Raises `ClusterError` when nothing is left."""
+        self._spares.poll()
         for replica in list(self.replicas):
             for stage, why in list(self._watch.poll(replica.pipeline)):
                 if replica in self.replicas:  # not given up for the stage before

@@ -9,7 +9,8 @@ from typing import Any
 
 from ray_ministral.config import StageSpec
 from ray_ministral.driver.cluster import Resolved, resolve
-from ray_ministral.driver.pipeline import Announce, Pipeline
+from ray_ministral.driver.pipeline import Pipeline
+from ray_ministral.driver.places import Announce
 from ray_ministral.driver.train_job import TrainJob
 from ray_ministral.errors import PlacementError
 from ray_ministral.training.plan import TrainStageOptions
