@@ -33,7 +33,8 @@ cluster = Cluster(initialize_head=True, head_node_args=node | {"_system_config":
 try:
     victim = cluster.add_node(**node)
     ray.init(address=cluster.address, log_to_driver=False)
-    config = make_config(model, source, output, stages=2, rows_per_shard=50, **options)
+    layout = {"stages": 1, "replicas": 2} if "replica" in how else {"stages": 2}
+    config = make_config(model, source, output, rows_per_shard=50, **layout, **options)
     captioner = Captioner(config)
     told = {}
 
@@ -51,8 +52,9 @@ try:
     else:
         cluster.remove_node(victim, allow_graceful=False)
     told["rows then"] = captioner._tracker.totals.rows
-    time.sleep(3)
-    cluster.add_node(**node)
+    if how != "replica for good":
+        time.sleep(3)
+        cluster.add_node(**node)
     thread.join()
     summary = told.pop("summary")
     told |= {"ok": summary.ok, "recoveries": summary.recoveries, "seconds": summary.recovery_seconds}
@@ -66,6 +68,12 @@ finally:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pictures(tmp_path_factory.mktemp("input") / "pictures.parquet", ROWS, bad=False)
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Enough rows for a replica to be back before they are done."""
+    return write_pictures(tmp_path_factory.mktemp("input") / "more.parquet", 3 * ROWS, bad=False)
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +97,22 @@ def test_a_node_dies(how: str, expected: list[Any], model: Path, source: Path, t
     assert told_of(output) == expected
     assert told["recoveries"] == 1
     assert not list(output.glob("_tmp*"))
+
+
+def test_the_node_of_one_of_two_replicas_dies_for_good(
+    expected: list[Any], model: Path, source: Path, tmp_path: Path
+) -> None:
+    """The other one does the rest, on a node whose one CPU it has."""
+    output = tmp_path / "out"
+    told = json.loads(run_program(NODES, model, source, output, "replica for good", json.dumps(OPTIONS)))
+    assert told["ok"] == ROWS
+    assert told["rows then"] < ROWS
+    assert told["recoveries"] == 0
+    assert told_of(output) == expected
+
+
+def test_a_replica_comes_back_on_another_node(model: Path, more: Path, tmp_path: Path) -> None:
+    told = json.loads(run_program(NODES, model, more, tmp_path / "out", "replica", json.dumps(OPTIONS)))
+    assert told["ok"] == 3 * ROWS
+    assert told["recoveries"] == 1
+    assert [row["id"] for row in rows_of(tmp_path / "out")] == list(range(1000, 1000 + 3 * ROWS))
