@@ -46,8 +46,7 @@ def prepare_with(before: Callable[[bytes], None]) -> Any:
 
         prepare_module.open_image = open_image
         try:
-            shards, *others = arguments
-            yield from tasks._preparer(*others).chunks(shards)
+            yield from tasks.prepare._function(*arguments)  # in a worker: the package's own
         finally:
             prepare_module.open_image = original
 
