@@ -1,18 +1,23 @@
-"""What is slow makes the rest wait: rows in the object store and parts on their way out stay few."""
+"""What is slow makes the rest wait: rows in the object store and parts on their way out stay few, and a slow replica
+takes fewer rows than a fast one.
+"""
 
 from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from ray_ministral.data.ledger import Ledger
 from ray_ministral.data.parts import PartInfo
 from ray_ministral.driver.captioner import Captioner
 from ray_ministral.driver.part_writer import PARTS_AHEAD
+from ray_ministral.driver.stage_actor import ACTOR_OPTIONS, StageActor
 from tests.cluster.inputs import make_config, rows_of, write_pictures
 from tests.cluster.test_nodes import run_program
 
@@ -91,3 +96,30 @@ def test_rows_wait_for_a_slow_output(
     assert max(under_way) >= PARTS_AHEAD, "the output was the slowest"
     # Rows that were admitted before it was full come out all the same: a chunk and what the stages hold.
     assert max(under_way) <= PARTS_AHEAD + 24
+
+
+def test_a_fast_replica_takes_more(cluster: None, model: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "slow"
+
+    class OneIsSlow(StageActor):
+        def __init__(self) -> None:
+            super().__init__()
+            with suppress(FileExistsError):
+                mark.mkdir()
+                self._seconds = 0.4
+
+        _seconds = 0.0
+
+        def step(self, *arguments: Any) -> Any:
+            time.sleep(self._seconds)
+            return super().step(*arguments)
+
+    rows = 600
+    source = write_pictures(tmp_path / "pictures.parquet", rows, bad=False)
+    config = make_config(model, source, tmp_path / "out", replicas=2, rows_per_microbatch=16, max_new_tokens=4)
+    captioner = Captioner(config, stage_actor=ray.remote(**ACTOR_OPTIONS)(OneIsSlow))
+    assert captioner.run().ok == rows
+    slow, fast = sorted(replica.rows for replica in captioner._replicas)
+    assert slow + fast == rows
+    assert slow > 0
+    assert fast > 2 * slow
