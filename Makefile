@@ -65,7 +65,7 @@ chaos: venv  ## kill stages, workers, drivers and nodes under running jobs
 	$(BIN)/python -m pytest -m "not soak" tests/cluster/test_replacement.py tests/cluster/test_chaos.py \
 		tests/cluster/test_faults.py tests/cluster/test_command.py $(PYTEST_ARGS)
 
-soak: venv  ## hundreds of random kills under one job, up to 25 minutes
+soak: venv  ## hundreds of random kills under captioning jobs, some 20 minutes
 	$(BIN)/python -m pytest -s -m soak tests/cluster $(PYTEST_ARGS)
 
 check: venv  ## lint, formatting, types
