@@ -31,6 +31,8 @@ from benchmarks.workloads import CAPTION_WORKLOADS, kept, make_caption_rows, mak
 
 NEW_TOKENS = 32
 EVERY_S = 30.0
+NEVER, ONCE, OFTEN = "never", "once", "often"
+"""When a stage is killed: once half of the rows are done, or every `EVERY_S`."""
 
 
 @dataclass
@@ -60,10 +62,10 @@ def main() -> int:
     model = kept(folder / "model", "decoder 512 x 8, vision 256 x 4, seed 0", make_model)
     results: list[tuple[int, Measured]] = []
     for stages in options.stages:
-        for name, kills, spares in (("undisturbed", 0, 0), ("killed", 1, 0), ("killed, a spare", 1, 1)):
-            results.append((stages, _job(folder, model, name, options.rows, stages, kills, spares)))
-    for name, kills in (("long, undisturbed", 0), ("long, killed every 30 s, a spare", -1)):
-        results.append((2, _job(folder, model, name, options.many, 2, kills, 1 if kills else 0)))
+        for name, when, spares in (("undisturbed", NEVER, 0), ("killed", ONCE, 0), ("killed, a spare", ONCE, 1)):
+            results.append((stages, _job(folder, model, name, options.rows, stages, when, spares)))
+    for name, when, spares in (("long, undisturbed", NEVER, 0), ("long, killed every 30 s, a spare", OFTEN, 1)):
+        results.append((2, _job(folder, model, name, options.many, 2, when, spares)))
     print("| stages | job | kills | next token after, s | recovered in, s | tokens fed again | images/s |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     agreed = True
@@ -80,7 +82,7 @@ def main() -> int:
     return 0 if agreed else 1
 
 
-def _job(folder: Path, model: Path, name: str, rows: int, stages: int, kills: int, spares: int) -> Measured:
+def _job(folder: Path, model: Path, name: str, rows: int, stages: int, when: str, spares: int) -> Measured:
     print(f"{stages} stages, {rows} rows: {name}", file=sys.stderr)
     source = folder / f"rows-{rows}" / "rows.parquet"
     workload = CAPTION_WORKLOADS["1"]
@@ -91,7 +93,7 @@ def _job(folder: Path, model: Path, name: str, rows: int, stages: int, kills: in
         "source": str(source),
         "output": str(output),
         "stages": stages,
-        "kills": kills,
+        "when": when,
         "spares": spares,
     }
     shutil.rmtree(output, ignore_errors=True)
@@ -109,8 +111,8 @@ def _captions(output: Path) -> list[tuple[Any, ...]]:
     return [(row["source_row"], row["status"], tuple(row["token_ids"] or ())) for row in table.to_pylist()]
 
 
-def _run(*, model: str, source: str, output: str, stages: int, kills: int, spares: int) -> dict[str, Any]:
-    """One job, in this process; `kills` -1: one every 30 s, at most 1 otherwise."""
+def _run(*, model: str, source: str, output: str, stages: int, when: str, spares: int) -> dict[str, Any]:
+    """One job, in this process."""
     from ray_ministral.config import CaptionConfig, PipelineConfig, PromptConfig, SamplingConfig
     from ray_ministral.driver.captioner import Captioner
 
@@ -143,19 +145,23 @@ def _run(*, model: str, source: str, output: str, stages: int, kills: int, spare
         waiting.append(time.monotonic())
         os.kill(replica.pipeline.loaded[stage].pid, signal.SIGKILL)
 
-    def strike() -> None:
+    def wait_until_it_works() -> None:
         while not captioner._replicas or captioner._replicas[0].recovery is not None:
             time.sleep(0.1)
-        if kills > 0:
+
+    def strike() -> None:
+        wait_until_it_works()
+        if when == ONCE:
             while captioner._tracker.totals.rows * 2 < captioner._job.plan.rows:
                 time.sleep(0.05)
             kill(stages - 1)
             return
         while True:
             time.sleep(EVERY_S)
+            wait_until_it_works()
             kill(chance.randrange(stages))
 
-    if kills:
+    if when != NEVER:
         threading.Thread(target=strike, daemon=True).start()
     summary = captioner.run()
     after = [round(done - struck, 2) for struck, done in times]
