@@ -17,6 +17,7 @@ import ray
 from ray._private import ray_constants
 
 from ray_ministral.config import PipelineConfig
+from ray_ministral.driver.head_watch import HeadWatch
 from ray_ministral.errors import ClusterError, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def connected(address: str, pipeline: PipelineConfig) -> Iterator[None]:
 
     auto: the cluster that RAY_ADDRESS names or that runs on this machine, else a local one. local: always a new one,
     bound to the loopback interface. Anything else is an address. A cluster that the caller has joined is used and left
-    as it is. Raises `ClusterError` where the cluster does not answer.
+    as it is. Raises `ClusterError` where the cluster does not answer; `HeadWatch` says what happens if its head dies.
     """
     # Of one death there are many errors, and Ray prints all that nobody asks for, pages of them: we say it once.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
@@ -63,7 +64,8 @@ def connected(address: str, pipeline: PipelineConfig) -> Iterator[None]:
             f"no Ray cluster at --address {address}: {error}. Start one with `ray start --head`, or use --address local"
         ) from error
     try:
-        yield
+        with HeadWatch(ray.get_runtime_context().gcs_address):
+            yield
     finally:
         ray.shutdown()
 
