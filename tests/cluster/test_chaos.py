@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ray_ministral import caption
+from tests.cluster.commands import ROOT, caption_command, started
 from tests.cluster.inputs import make_config, rows_of, write_pictures
+from tests.cluster.processes import wait_for
 from tests.cluster.test_nodes import run_program
 
 pytestmark = [pytest.mark.slow, pytest.mark.chaos]
@@ -61,6 +65,24 @@ try:
     print("told: " + json.dumps(told))
 finally:
     ray.shutdown()
+    cluster.shutdown()
+"""
+
+HEAD = """
+import os, signal, sys, time
+from pathlib import Path
+from ray.cluster_utils import Cluster
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 150_000_000})
+try:
+    print("address: " + cluster.address, flush=True)
+    while not Path("kill").exists():
+        time.sleep(0.1)
+    for kind in ("gcs_server", "raylet"):
+        os.kill(cluster.head_node.all_processes[kind][0].process.pid, signal.SIGKILL)
+    print("killed", flush=True)
+    time.sleep(600)
+finally:
     cluster.shutdown()
 """
 
@@ -116,3 +138,22 @@ def test_a_replica_comes_back_on_another_node(model: Path, more: Path, tmp_path:
     assert told["ok"] == 3 * ROWS
     assert told["recoveries"] == 1
     assert [row["id"] for row in rows_of(tmp_path / "out")] == list(range(1000, 1000 + 3 * ROWS))
+
+
+def test_the_head_dies(expected: list[Any], model: Path, source: Path, tmp_path: Path) -> None:
+    """The job ends with a status and a message of its own; the same job goes on with another cluster."""
+    options = ["--stages", 2, "--rows-per-shard", 50, "--with-token-ids", "--temperature", 0.7, "--seed", 5]
+    options += ["--max-new-tokens", 16]
+    output = tmp_path / "out"
+    with started([sys.executable, "-c", HEAD], PYTHONPATH=str(ROOT)) as head:
+        wait_for(lambda: "address: " in head.stdout, 60, lambda: head.stderr)
+        address = head.stdout.partition("address: ")[2].split()[0]
+        with started(caption_command(model, source, output, *options, "--address", address)) as run:
+            wait_for(lambda: bool(re.search(r"[1-9]\d*/1200 rows", run.stderr)), 120, lambda: run.stderr)
+            (head.folder / "kill").touch()
+            assert run.wait(120) == 4, run.stderr
+            assert f"the head of the cluster, {address}, has not answered" in run.stderr
+    assert len(list(output.glob("part-*"))) < ROWS / 50
+    with started(caption_command(model, source, output, *options)) as run:
+        assert run.wait(200) == 0, run.stderr
+    assert told_of(output) == expected
