@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
+import pytest
+import ray
 from ray.core.generated import autoscaler_pb2
 
+from ray_ministral.config import PipelineConfig
 from ray_ministral.driver.autoscaler import growth_of
+from ray_ministral.driver.cluster import NODE_TYPE_LABEL, resolve
+from ray_ministral.errors import ConfigError
 
 
 def state(**fields: Any) -> Any:
@@ -56,3 +61,48 @@ def test_what_no_node_type_can_bring_is_said() -> None:
     assert not growing.is_coming
     assert "nothing to add" in str(growing)
     assert "max_workers" in str(growing)
+
+
+def nodes(*resources: dict[str, float], kind: str | None = None) -> list[dict[str, Any]]:
+    labels = {} if kind is None else {NODE_TYPE_LABEL: kind}
+    return [{"Alive": True, "Resources": each, "Labels": labels} for each in resources]
+
+
+@pytest.mark.parametrize(
+    ("cluster", "device", "expected"),
+    [
+        (nodes({"CPU": 8}, kind="head"), "auto", "cpu"),
+        (nodes({"CPU": 8}, kind="head"), "cuda", "cuda"),  # the autoscaler may add them
+        (nodes({"CPU": 8}, {"CPU": 8, "GPU": 2}), "auto", "cuda"),
+        (nodes({"CPU": 8}, {"CPU": 8, "GPU": 1}), "auto", "cpu"),
+        (nodes({"CPU": 8}, {"CPU": 8, "GPU": 1}), "cuda", "cuda"),
+    ],
+)
+def test_the_device_that_auto_comes_to(
+    cluster: list[dict[str, Any]], device: Literal["auto", "cuda"], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: cluster)
+    assert resolve(PipelineConfig(stages=2, device=device)).device == expected
+
+
+def test_a_cluster_that_does_not_grow_must_have_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: nodes({"CPU": 8}))
+    with pytest.raises(ConfigError, match="--device cuda: the cluster has no GPU"):
+        resolve(PipelineConfig(device="cuda"))
+
+
+def test_the_cpu_of_a_cluster_that_grows_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: nodes({"CPU": 8}, kind="head"))
+    resolve(PipelineConfig(stages=4))
+    assert "the cluster has 0 GPUs now, the stages need 4" in caplog.text
+    caplog.clear()
+    resolve(PipelineConfig(stages=4, device="cpu"))
+    assert not caplog.text
+
+
+def test_a_stage_gets_the_threads_that_one_node_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = {"Alive": False, "Resources": {"CPU": 64}, "Labels": {}}
+    monkeypatch.setattr(ray, "nodes", lambda: [*nodes({"CPU": 2}, {"CPU": 2}, {"CPU": 2}), gone])
+    assert resolve(PipelineConfig(stages=2)).threads == 2
