@@ -29,7 +29,7 @@ from tests.cluster.commands import ROOT, Run, caption_command, started
 from tests.cluster.inputs import GOOD_ROWS, rows_of
 from tests.cluster.processes import listening_addresses, wait_for
 from tests.cluster.test_submit import RAY, TOKEN, free_port
-from tests.cluster.train_runs import metrics, train_options, write_pairs
+from tests.cluster.train_runs import final_weights, metrics, train_options, write_pairs
 
 pytestmark = [pytest.mark.slow, pytest.mark.chaos]
 
@@ -176,7 +176,7 @@ def test_a_training_job_gets_its_nodes(cluster: Autoscaled, model: Path, tmp_pat
     cluster.job([*command, "--stages", "2", "--steps", "3", "--address", cluster.gcs])
     ended = time.monotonic()
     assert [line["step"] for line in metrics(tmp_path / "out")] == [1, 2, 3]
-    assert (tmp_path / "out" / "final" / "model.safetensors").exists()
+    assert final_weights(tmp_path / "out")
     check_nodes_came_and_went(cluster, before, ended)
 
 
