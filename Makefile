@@ -12,7 +12,7 @@ TRAIN_OUTPUT := out/train
 
 .DEFAULT_GOAL := help
 .PHONY: help venv venv-vllm lock caption train model test test-all chaos soak check format bench bench-load bench-train \
-	bench-caption clean
+	bench-caption bench-scale clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,7 +63,7 @@ test-all: venv  ## run all tests, but make soak's
 
 chaos: venv  ## kill stages, workers, drivers and nodes under running jobs
 	$(BIN)/python -m pytest -m "not soak" tests/cluster/test_replacement.py tests/cluster/test_chaos.py \
-		tests/cluster/test_faults.py tests/cluster/test_command.py $(PYTEST_ARGS)
+		tests/cluster/test_faults.py tests/cluster/test_command.py tests/cluster/test_autoscaler.py $(PYTEST_ARGS)
 
 soak: venv  ## hundreds of random kills under captioning jobs, some 20 minutes
 	$(BIN)/python -m pytest -s -m soak tests/cluster $(PYTEST_ARGS)
@@ -87,6 +87,9 @@ bench-train: venv  ## train on two stages against torch's pipelining and a Huggi
 
 bench-caption: venv  ## caption with two stages against Hugging Face, Ray Data and vLLM, where they are installed
 	$(BIN)/python benchmarks/caption.py --vllm-python $(VENV_VLLM)/bin/python
+
+bench-scale: venv  ## simulate a job on 1000 nodes: throughput kept, and where the driver saturates
+	$(BIN)/python benchmarks/scale.py
 
 # Only for comparison. vLLM has no use for sound here, and torchaudio ends its import beside a torch of another build.
 venv-vllm:  ## make .venv-vllm with vLLM for CPU, a peer of bench-caption (several GB)

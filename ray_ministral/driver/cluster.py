@@ -18,6 +18,7 @@ from ray._private import ray_constants
 
 from ray_ministral.config import PipelineConfig
 from ray_ministral.driver.head_watch import HeadWatch
+from ray_ministral.driver.policies import threads_for
 from ray_ministral.errors import ClusterError, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ IDLE_WORKER_MS = 3_600_000
 writer would be a new process, and to start one and to end one takes a core a second, which a stage then lacks."""
 
 CONNECT_TIMEOUT_S = 15.0
+
+NODE_TYPE_LABEL = "ray.io/node-group"
 
 
 @dataclass(frozen=True)
@@ -172,20 +175,33 @@ def alive_nodes() -> set[str]:
 
 
 def resolve(pipeline: PipelineConfig) -> Resolved:
-    """Replace every "auto" by what the connected cluster offers. Raises `ConfigError` for a device that it lacks."""
-    resources = ray.cluster_resources()
+    """Replace every "auto" by what the connected cluster offers now. Raises `ConfigError` for a device that it lacks.
+
+    A cluster that grows by itself may get GPUs that it does not have yet: there `--device cuda` is taken at its word.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    # The cluster launcher and KubeRay, which bring the autoscaler, give nodes a type.
+    grows = any(NODE_TYPE_LABEL in node["Labels"] for node in nodes)
     stages = pipeline.stages * pipeline.replicas
-    gpus = int(resources.get("GPU", 0))
+    gpus = sum(int(node["Resources"].get("GPU", 0)) for node in nodes)
     device: Literal["cpu", "cuda"]
     if pipeline.device == "auto":
         device = "cuda" if gpus >= stages else "cpu"
+        if device == "cpu" and grows:
+            logger.warning(
+                "--device auto: the cluster has %d GPUs now, the stages need %d, so they run on CPU; with --device "
+                "cuda they wait until the autoscaler has added GPUs",
+                gpus,
+                stages,
+            )
     else:
         device = pipeline.device
-        if device == "cuda" and gpus == 0:
+        if device == "cuda" and gpus == 0 and not grows:
             raise ConfigError("--device cuda: the cluster has no GPU; use --device cpu, or join a node with GPUs")
     dtype: Literal["float32", "bfloat16"]
     dtype = ("bfloat16" if device == "cuda" else "float32") if pipeline.dtype == "auto" else pipeline.dtype
     threads = pipeline.threads_per_stage
     if threads is None:
-        threads = 1 if device == "cuda" else max(1, int(resources.get("CPU", 1)) // stages)
+        cpus = [float(node["Resources"].get("CPU", 0)) for node in nodes]
+        threads = 1 if device == "cuda" else threads_for(stages, cpus)
     return Resolved(device, dtype, threads)

@@ -16,10 +16,15 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from ray_ministral.driver.autoscaler import Growth, growth
 from ray_ministral.driver.cluster import Resolved
+from ray_ministral.driver.policies import keep_waiting
 from ray_ministral.errors import PlacementError
 
 ANNOUNCE_EVERY_S = 5.0
+
+NODES_TIMEOUT_S = 3600.0
+"""How long to wait while nodes are on their way: a machine must be found, start, and install what it lacks."""
 
 Announce = Callable[[str], None]
 
@@ -89,17 +94,23 @@ def _group_of_one(resolved: Resolved, near: str | None = None) -> PlacementGroup
 def _wait_for_room(
     name: str, group: PlacementGroup, resolved: Resolved, stages: int, timeout_s: float, announce: Announce
 ) -> None:
-    deadline = time.monotonic() + timeout_s
+    begun = coming_at = time.monotonic()
     while not group.wait(timeout_seconds=min(ANNOUNCE_EVERY_S, timeout_s)):
-        if time.monotonic() > deadline:
-            raise _no_room(name, resolved, stages, timeout_s)
-        announce(f"{name}: waiting for room for {_needs(resolved, stages)}; the cluster has {_offers(resolved)}")
+        now, growing = time.monotonic(), growth()
+        coming_at = now if growing.is_coming else coming_at
+        if not keep_waiting(now - begun, now - coming_at, timeout_s, NODES_TIMEOUT_S):
+            raise _no_room(name, resolved, stages, now - begun, growing)
+        announce(
+            f"{name}: waiting for room for {_needs(resolved, stages)}; the cluster has {_offers(resolved)}{growing}"
+        )
 
 
-def _no_room(name: str, resolved: Resolved, stages: int, timeout_s: float) -> PlacementError:
+def _no_room(
+    name: str, resolved: Resolved, stages: int, waited_s: float, growing: Growth | None = None
+) -> PlacementError:
     return PlacementError(
-        f"{name}: no room for {_needs(resolved, stages)} within {timeout_s:.0f} s; the cluster has "
-        f"{_offers(resolved)}: use fewer --stages, --replicas or --threads-per-stage, or add nodes"
+        f"{name}: no room for {_needs(resolved, stages)} within {waited_s:.0f} s; the cluster has "
+        f"{_offers(resolved)}{growing or ''}: use fewer --stages, --replicas or --threads-per-stage, or add nodes"
     )
 
 

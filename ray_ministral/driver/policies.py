@@ -61,6 +61,25 @@ def too_many_errors(errors: int, done: int, rows: int, max_rate: float) -> bool:
     return (share + spread / 2 - margin) / (1 + spread) > max_rate
 
 
+def threads_for(stages: int, cpus: Sequence[float]) -> int:
+    """The most threads that each of so many stages can have where nodes have so many CPUs. At least one.
+
+    A stage lies on one node: two stages on three nodes of two CPUs get two threads each, not three.
+    """
+    for threads in range(int(max(cpus, default=0)), 1, -1):
+        if sum(int(of_node) // threads for of_node in cpus) >= stages:
+            return threads
+    return 1
+
+
+def keep_waiting(waited_s: float, since_nodes_were_coming_s: float, timeout_s: float, nodes_timeout_s: float) -> bool:
+    """Whether to go on waiting for room.
+
+    For `timeout_s` without a node on its way; as long as nodes are on their way, for `nodes_timeout_s` in all.
+    """
+    return since_nodes_were_coming_s <= timeout_s and waited_s <= max(timeout_s, nodes_timeout_s)
+
+
 def _last_ones(deaths: Sequence[Death], holds: Callable[[Death], bool]) -> int:
     count = 0
     for death in reversed(deaths):

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from ray_ministral.driver.policies import PATIENCE, Death, Decision, FailurePolicy, too_many_errors
+from ray_ministral.driver.policies import (
+    PATIENCE,
+    Death,
+    Decision,
+    FailurePolicy,
+    keep_waiting,
+    threads_for,
+    too_many_errors,
+)
 
 VAIN = Death("x", rows=0)
 NARROWED = Death("x", rows=0, narrowed=True)
@@ -55,3 +63,44 @@ def test_no_restart_at_all() -> None:
 )
 def test_too_many_errors(errors: int, done: int, rows: int, rate: float, expected: bool) -> None:
     assert too_many_errors(errors, done, rows, rate) is expected
+
+
+@pytest.mark.parametrize(
+    ("stages", "cpus", "threads"),
+    [
+        (1, [8], 8),
+        (2, [8], 4),
+        (3, [8], 2),
+        (1, [2, 2, 2, 2], 2),  # a stage lies on one node
+        (2, [2, 2, 2], 2),
+        (4, [3, 3, 3], 1),  # two of two threads would not fit on any
+        (3, [4, 3], 2),
+        (2, [8, 1], 4),
+        (16, [8], 1),  # no room at all: said where it is asked for
+        (2, [0], 1),
+        (2, [], 1),
+        (1, [0.5, 2.5], 2),
+    ],
+)
+def test_threads_of_a_stage_are_on_one_node(stages: int, cpus: list[float], threads: int) -> None:
+    assert threads_for(stages, cpus) == threads
+
+
+@pytest.mark.parametrize(
+    ("waited", "since_coming", "goes_on"),
+    [
+        (0, 0, True),
+        (600, 600, True),
+        (601, 601, False),  # nothing ever came
+        (1000, 0, True),  # a node is on its way
+        (1000, 599, True),  # and was, not long ago: it may be the one that is installed now
+        (1000, 601, False),
+        (3601, 0, False),  # one fails to start again and again
+    ],
+)
+def test_waiting_for_room_ends(waited: float, since_coming: float, goes_on: bool) -> None:
+    assert keep_waiting(waited, since_coming, timeout_s=600, nodes_timeout_s=3600) is goes_on
+
+
+def test_a_long_time_out_is_kept() -> None:
+    assert keep_waiting(5000, 5000, timeout_s=7200, nodes_timeout_s=3600)
