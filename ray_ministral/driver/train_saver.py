@@ -24,6 +24,11 @@ class Saver:
         self._parts: list[Any] = []
         self._commit: Any = None
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a checkpoint is under way."""
+        return bool(self._parts) or self._commit is not None
+
     def begin(self, done: int) -> None:
         """A checkpoint after `done` steps; returns when the stages may go on."""
         self.finish()

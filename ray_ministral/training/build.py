@@ -52,7 +52,7 @@ def rebuild_stage(old: TrainStage, options: TrainStageOptions, parcels: Sequence
     """The stage that `options` say, out of another one in this process and of what others have given.
 
     What both have is moved by reference: weights, masters and moments. Only frozen weights that are neither here nor
-    given are read. `old` cannot be used any more. Raises `PieceError` where something trained is neither here nor given.
+    given are read. `old` cannot be used any more. Raises `PieceError` where something trained is neither.
     """
     config = next(iter(old.chunks.values())).hf_config
 

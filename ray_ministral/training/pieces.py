@@ -86,7 +86,7 @@ def give(
 def take(stage: TrainStage, wanted: Collection[Piece], parcels: Sequence[Parcel], source: str) -> None:
     """Set some pieces of a stage from what was given. What is frozen, and not given, stays as it is.
 
-    Raises `PieceError` where a piece is not as it was sent, or was not sent, and `InputError` where a tensor is missing.
+    Raises `PieceError` where a piece is not as it was sent, or was not sent, `InputError` where a tensor is missing.
     """
     given: dict[Piece, PieceState] = {}
     for parcel in parcels:

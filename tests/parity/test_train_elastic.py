@@ -37,7 +37,7 @@ def everything(pipeline: Pipeline) -> dict[str, torch.Tensor]:
     """Weights, masters, moments and step counts by name."""
     found: dict[str, torch.Tensor] = {}
     for stage in pipeline.stages:
-        for state in give(stage, [piece for piece in _held(stage)]).values():
+        for state in give(stage, list(_held(stage))).values():
             found.update({name: torch.from_numpy(array.copy()) for name, array in state.tensors.items()})
     return found
 
