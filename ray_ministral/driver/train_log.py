@@ -81,13 +81,13 @@ class TrainLog:
     def _keep(self, done: int, known: Iterable[int]) -> bool:
         """Keep the lines of `done` steps, and those of `known` steps of everything else; whether steps were undone."""
         known = tuple(known)
-        before = self._output.joinpath("metrics.jsonl").exists() and len(_losses(self._metrics))
-        kept = _keep_steps(self._metrics, range(1, done + 1))
+        before = self._metrics.read_bytes() if self._metrics.exists() else b""
+        _keep_steps(self._metrics, range(1, done + 1))
         _keep_steps(self._skipped, known)
         self.evaluated = _keep_steps(self._evaluations, known)
         # An evaluation counts once its loss is there, which is written after its captions.
         _keep_steps(self._captions, self.evaluated)
-        return bool(before) and before > len(kept)
+        return bool(before) and before != self._metrics.read_bytes()
 
     def message(self, text: str) -> None:
         """A line on stderr."""

@@ -20,7 +20,7 @@ NOTHING = Held(None, frozenset(), frozenset())
 
 @dataclass(eq=False)
 class Member:
-    """An actor at its place. held: what it has, by its own word. loaded: what it has been told to load, if it is new."""
+    """An actor at its place. held: what it has, by its own word. loaded: what a new one has read."""
 
     actor: Any
     warm_up: Any

@@ -141,7 +141,10 @@ class TrainStages:
         return done
 
     def resize(self, number: int, done: int) -> None:
-        """Another number of stages between two steps, of which `done` are done. Newcomers have warmed up and loaded."""
+        """Another number of stages between two steps, of which `done` are done.
+
+        Who has been prepared for that takes part at once; for others it takes as long as they take to start.
+        """
         self.generation += 1
         (pipeline,) = self.replicas
         members = members_of(pipeline)
@@ -150,6 +153,16 @@ class TrainStages:
         if self._newcomer is not None:
             members.append(self._newcomer)
             self._newcomer = None
+        timeout_s = self._job.config.pipeline.placement_timeout_s
+        while len(members) < number:
+            place = Place(self.resolved)
+            if not place.wait(timeout_s):
+                place.give_back()
+                raise PlacementError(
+                    f"no room for stage {len(members)} of {number} within {timeout_s:.0f} s: add nodes, or stay at "
+                    f"{self.num_stages} stages"
+                )
+            members.append(Member(*self.replicas[0].new_actor(place), place))
         self._form([members], number, done)
         self._connect()
         self._copy(done)
