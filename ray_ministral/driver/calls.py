@@ -63,6 +63,8 @@ class Calls:
         now = time.monotonic()
         for pipeline in self._replicas:
             for stage, actor in enumerate(pipeline.actors):
+                if stage not in pipeline.loaded:
+                    continue  # it may wait for room, or import
                 answer, asked = self._asked.get(actor, (None, now - CHECK_EVERY_S))
                 if answer is not None and is_ready(answer):
                     answer = None

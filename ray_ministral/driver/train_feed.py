@@ -41,6 +41,7 @@ class SampleFeed:
 
     def first_samples(self, get: Get) -> list[TrainSample]:
         """Samples of the first step, to see what each layer costs. Raises `InputError` where none can be used."""
+        self._fill(self._job.first_step)
         if not self._ahead:
             return []
         prepared: PreparedSamples = get([self._ahead[0][1]])[0]

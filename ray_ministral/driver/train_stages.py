@@ -26,6 +26,7 @@ from ray_ministral.driver.train_members import Member, change, members_of, plan,
 from ray_ministral.driver.train_policies import ScalingPolicy
 from ray_ministral.driver.train_replicas import stage_arguments, start_replicas
 from ray_ministral.driver.train_resume import CHECKPOINTS
+from ray_ministral.driver.train_survivors import find_room, find_survivors
 from ray_ministral.errors import PlacementError, StageDiedError
 from ray_ministral.training.checkpoint import latest_good, read_state
 from ray_ministral.training.migration import Piece, newest_complete, piece_sizes
@@ -34,11 +35,6 @@ from ray_ministral.training.targets import TrainSample
 
 ROOM_PATIENCE_S = 5.0
 """How long a place for a lost stage may take before the run goes on with fewer, where it may."""
-
-LAST_CALL_S = 15.0
-"""What stages have to come back, once calls are overdue."""
-
-PING_S = 3.0
 
 
 class TrainStages:
@@ -77,7 +73,7 @@ class TrainStages:
         return self._job.config.buddy_copies and len(self.replicas) == 1
 
     def use_samples(self, samples: Sequence[TrainSample]) -> None:
-        """Those whose costs the cut goes by."""
+        """Those whose costs the cut goes by; before anything else."""
         self._samples = list(samples)
 
     # A step's second phase
@@ -127,7 +123,8 @@ class TrainStages:
         self.generation += 1
         self._loading.clear()
         self._dismiss()
-        states = [self._survivors(pipeline) for pipeline in self.replicas]
+        config, overdue = self._job.config.pipeline, self.calls.is_overdue
+        states = [find_survivors(p, config, self._announce, overdue=overdue) for p in self.replicas]
         number = self._stages_to_go_on_with(states)
         live = [(held.done, held.trained) for own in states for held in own.values() if held.done is not None]
         done = newest_complete(self._trained, live, self._copies.kept()) if self._trained else None
@@ -226,53 +223,13 @@ class TrainStages:
         elif newcomer is not None:
             newcomer.place.give_back()
 
-    # Who is there
-
-    def _survivors(self, pipeline: Pipeline) -> dict[int, Held]:
-        """What the stages say that live and come back from what they are doing; the others are ended."""
-        calls = {actor.void.remote(): stage for stage, actor in enumerate(pipeline.actors)}
-        found: dict[int, Held] = {}
-        limit = LAST_CALL_S if self.calls.is_overdue else self._job.config.pipeline.step_timeout_s
-        began = asked = time.monotonic()
-        while calls:
-            for reference in ray.wait(list(calls), num_returns=len(calls), timeout=0.5)[0]:
-                stage = calls.pop(reference)
-                try:
-                    found[stage] = ray.get(reference)
-                except RayError:
-                    pipeline.end_hanging(stage)  # dead, or no more to be trusted
-            now = time.monotonic()
-            silent = []
-            if calls and now - asked > self._job.config.pipeline.health_timeout_s:
-                asked = now
-                silent = [stage for stage in pipeline.unresponsive(PING_S) if stage in calls.values()]
-            for stage in list(calls.values()):
-                if stage in silent or now - began > limit:
-                    self._announce(f"stage {stage} of {pipeline.name} hangs, and is ended")
-                    pipeline.end_hanging(stage)
-            if now - began > limit + LAST_CALL_S:
-                break
-        return found
-
     def _stages_to_go_on_with(self, states: Sequence[Mapping[int, Held]]) -> int:
         """As many as there were where there is room for those that are lost, else fewer, else wait for room."""
         config = self._job.config.pipeline
         survivors, before = min(len(own) for own in states), self.num_stages
         lost = [(p, s) for p, own in zip(self.replicas, states, strict=True) for s in range(before) if s not in own]
         patience = ROOM_PATIENCE_S if self._policy.after_loss(before, survivors, 0) else config.placement_timeout_s
-        self._spares.poll()
-        room = self._spares.ready
-        deadline = time.monotonic() + patience
-        for pipeline, stage in lost[room:]:
-            place = pipeline.places[stage]
-            if place.is_lost:
-                place.renew()
-            while not place.wait(min(ANNOUNCE_EVERY_S, max(0.1, deadline - time.monotonic()))):
-                if time.monotonic() > deadline:
-                    break
-                self._announce(f"{pipeline.name}: waiting for room for stage {stage}")
-            else:
-                room += 1
+        room = find_room(lost, self._spares, patience, self._announce)
         if len(self.replicas) > 1:
             number = before if room >= len(lost) else None
         else:
@@ -283,25 +240,6 @@ class TrainStages:
                 "allow fewer stages with --min-stages; the same command goes on from the last checkpoint"
             )
         return number
-
-    def _complete(self, pipeline: Pipeline, own: Mapping[int, Held], number: int) -> list[Member]:
-        """The members of a replica: survivors, and new actors until there are `number`."""
-        new = max(0, number - len(own))
-        for stage in [stage for stage in range(pipeline.num_stages) if stage not in own][:new]:
-            if not self._spares.stand_in(pipeline, stage):
-                pipeline.replace(stage)
-            pipeline.loaded.pop(stage, None)
-            own = {**own, stage: Held(None, frozenset(), frozenset())}
-        members = []
-        for stage, member in enumerate(members_of(pipeline)):
-            if stage in own:
-                member.held = own[stage]
-                members.append(member)
-            else:
-                member.end()
-        # So that whatever happens now, the pipeline ends them.
-        set_members(pipeline, members)
-        return members
 
     # What they become
 

@@ -150,6 +150,8 @@ class Trainer:
         self._feed.forget()
         while True:
             try:
+                if not self._begun:  # even the first samples were not to be had
+                    self._live.use_samples(self._feed.first_samples(self._calls.get))
                 self._done = self._live.recover()
                 break
             except ClusterError as error:

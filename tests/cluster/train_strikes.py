@@ -110,5 +110,3 @@ def struck(*strikes: TrainStrike) -> Any:
 def fallen(marks: Path) -> list[str]:
     """The strikes that have fallen, in the order of their names."""
     return sorted(path.name for path in marks.iterdir())
-
-
