@@ -2,13 +2,13 @@
 
     python benchmarks/elastic.py [--steps N] [--rounds N]
 
-The model and samples of workload 1 of `benchmarks/train.py` (hidden 512, 8 layers, text of 128 tokens, 16 samples a step),
-two stages of one thread on a local Ray cluster, AdamW, fp32. There is no peer: none that we know of goes on in the process
-at the next step. Printed are
+The model and samples of workload 1 of `benchmarks/train.py` (hidden 512, 8 layers, 128 tokens of text, 16 samples a
+step), two stages of one thread on a local Ray cluster, AdamW, fp32. There is no peer: none that we know of goes on in
+the same processes at the next step. Printed are
 
-- seconds from a SIGKILL in mid-step to the end of the next finished step, less that of a step: with another process, with
-  a warm spare, and without copies from a checkpoint;
-- seconds of a change on purpose between two steps, to one stage and to two, the newcomer being ready, and what moved;
+- seconds from a SIGKILL in mid-step to the end of the next finished step, less that of a step: with another process,
+  with a warm spare, and without copies from a checkpoint;
+- seconds of a change on purpose between two steps, to one stage and to two, the newcomer being ready;
 - the seconds of a step with copies and without, in rounds that alternate.
 
 Every curve must be that of the first run, or the status is 1.
@@ -138,8 +138,8 @@ def main() -> int:
 
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(options.rounds):
-        for copies in seconds:
-            seconds[copies].append(run(Measured(replace(config, buddy_copies=copies))).step_seconds)
+        for copies, own_seconds in seconds.items():
+            own_seconds.append(run(Measured(replace(config, buddy_copies=copies))).step_seconds)
     print(f"step: with copies {_show(seconds[True])} s, without {_show(seconds[False])} s, ", end="")
     print(f"cost {median(seconds[True]) / median(seconds[False]) - 1:.1%}")
     spare = replace(config, pipeline=replace(config.pipeline, spares=1))

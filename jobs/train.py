@@ -164,9 +164,12 @@ def main(arguments: Sequence[str] | None = None, *, engine: Callable[[], Run] = 
 @click.option("--max-tokens", type=int, metavar="N", default=TrainConfig.max_tokens, help="Longer samples are skipped.")
 @click.option("--recompute", is_flag=True, help="Keep no activations: a third more time, much less memory.")
 @click.option(
-    "--buddy-copies/--no-buddy-copies",
+    "--no-buddy-copies",
+    "buddy_copies",
+    is_flag=True,
+    flag_value=False,
     default=TrainConfig.buddy_copies,
-    help="Keep each stage's trained state outside its process, too, after each step.",
+    help="Do not keep each stage's trained state outside its process, too, after each step.",
 )
 @click.option(
     "--max-restarts",
@@ -238,7 +241,8 @@ def command(engine: Callable[[], Run], /, **options: Any) -> None:
     summary = engine()(config)
     if summary.recoveries:
         click.echo(
-            f"{summary.recoveries} recoveries in {summary.recovery_seconds:.0f} s, steps done again: {summary.steps_lost}",
+            f"recoveries: {summary.recoveries} in {summary.recovery_seconds:.0f} s; "
+            f"steps done again: {summary.steps_lost}",
             err=True,
         )
     click.echo(

@@ -26,7 +26,7 @@ from ray_ministral.driver.train_members import Member, change, members_of, plan,
 from ray_ministral.driver.train_policies import ScalingPolicy
 from ray_ministral.driver.train_replicas import stage_arguments, start_replicas
 from ray_ministral.driver.train_resume import CHECKPOINTS
-from ray_ministral.driver.train_survivors import find_room, find_survivors
+from ray_ministral.driver.train_survivors import complete, find_room, find_survivors
 from ray_ministral.errors import PlacementError, StageDiedError
 from ray_ministral.training.checkpoint import latest_good, read_state
 from ray_ministral.training.migration import Piece, newest_complete, piece_sizes
@@ -128,7 +128,9 @@ class TrainStages:
         number = self._stages_to_go_on_with(states)
         live = [(held.done, held.trained) for own in states for held in own.values() if held.done is not None]
         done = newest_complete(self._trained, live, self._copies.kept()) if self._trained else None
-        replicas = [self._complete(pipeline, own, number) for pipeline, own in zip(self.replicas, states, strict=True)]
+        replicas = [
+            complete(pipeline, own, number, self._spares) for pipeline, own in zip(self.replicas, states, strict=True)
+        ]
         if done is None:
             done = self._read_again(replicas, number)
         else:

@@ -1,4 +1,4 @@
-"""Who is left of a replica in training after a loss, whether there is room for others, and who takes the lost places."""
+"""Who is left of a replica in training after a loss, whether there is room for others, who takes the lost places."""
 
 from __future__ import annotations
 
