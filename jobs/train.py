@@ -165,10 +165,7 @@ def main(arguments: Sequence[str] | None = None, *, engine: Callable[[], Run] = 
 @click.option("--recompute", is_flag=True, help="Keep no activations: a third more time, much less memory.")
 @click.option(
     "--no-buddy-copies",
-    "buddy_copies",
     is_flag=True,
-    flag_value=False,
-    default=TrainConfig.buddy_copies,
     help="Do not keep each stage's trained state outside its process, too, after each step.",
 )
 @click.option(
@@ -234,6 +231,7 @@ def command(engine: Callable[[], Run], /, **options: Any) -> None:
         eval=evaluation,
         pipeline=PipelineConfig(**parts[PipelineConfig]),
         optimizer=OptimizerConfig(**parts[OptimizerConfig]),
+        buddy_copies=not options.pop("no_buddy_copies"),
         **options,
     )
     log_to_stderr()

@@ -48,6 +48,7 @@ class TrainStages:
         self._trained: frozenset[Piece] = frozenset()
         self._newcomer: Member | None = None
         self._loading: dict[Any, tuple[Pipeline, int, Member]] = {}
+        self._joining = False
         self.generation = 0
 
     def start(self, stack: ExitStack, sampler: Any) -> None:
@@ -123,7 +124,9 @@ class TrainStages:
         self.generation += 1
         self._loading.clear()
         self._dismiss()
-        config, overdue = self._job.config.pipeline, self.calls.is_overdue
+        config = self._job.config.pipeline
+        # Who waits for a dead one at the store that they were to meet at learns it at the group's time-out alone.
+        overdue = self.calls.is_overdue or self._joining
         states = [find_survivors(p, config, self._announce, overdue=overdue) for p in self.replicas]
         number = self._stages_to_go_on_with(states)
         live = [(held.done, held.trained) for own in states for held in own.values() if held.done is not None]
@@ -333,7 +336,9 @@ class TrainStages:
         for pipeline in self.replicas:
             pipeline.generation = self.generation
         address = self.calls.get([self.replicas[0].actors[0].serve_store.remote()])[0]
+        self._joining = True
         self.calls.everywhere("join", self.generation, address)
+        self._joining = False
         held = self.calls.everywhere("held")
         self._pieces = [own.trained for own in held[: self.num_stages]]
         self._all_pieces = [own.pieces for own in held[: self.num_stages]]
