@@ -3,6 +3,7 @@ and where there is another node, in the memory of that, too. The driver has refe
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ from ray_ministral.training.migration import Piece
 
 STEPS_KEPT = 2
 """Some stages may have done the last step when others die before they have: then all go back to the one before."""
+
+
+LOOK_EVERY_S = 2.0
+"""How often to see which nodes there are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +64,7 @@ class Copies:
         self._holders: dict[str, Any] = {}
         self._holding: list[Any] = []
         self._nodes: list[str] = []
+        self._look_at = 0.0
 
     def begin(self, done: int) -> None:
         """Copies of the state after `done` steps will come; those that nobody can need any more are dropped.
@@ -67,7 +73,8 @@ class Copies:
         """
         self._copies = {step: kept for step, kept in self._copies.items() if done - STEPS_KEPT < step < done}
         self._copies[done] = []
-        self._nodes = sorted(alive_nodes()) if self._holders or len(self._nodes) != 1 else self._nodes
+        if time.monotonic() > self._look_at:
+            self._nodes, self._look_at = sorted(alive_nodes()), time.monotonic() + LOOK_EVERY_S
         self._holding = [reference for reference in self._holding if not is_ready(reference)]
 
     def add(self, done: int, copy: Copy, node: str | None = None) -> None:

@@ -83,8 +83,7 @@ class TrainStages:
         """Start the commit that makes `done` steps of the state on all stages; references to when each began, and
         how long it took."""
         copied = self.copies
-        if copied:
-            self._copies.begin(done)
+        self._copies.begin(done)
         made = []
         for pipeline in self.replicas:
             for stage, actor in enumerate(pipeline.actors):
@@ -347,6 +346,6 @@ class TrainStages:
         self._announce(f"decoder layers of each chunk: {', '.join(map(str, layers))}")
 
     def _copy(self, done: int) -> None:
-        """Copies of the state as it is now, where there are to be some."""
-        if self.copies:
+        """Copies of the state as it is now, unless there are to be none, or there are all of them."""
+        if self.copies and not self._copies.kept().get(done, set()) >= self._trained:
             self.calls.get(self.commit(done, None, 0.0))
