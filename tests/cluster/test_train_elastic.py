@@ -150,7 +150,7 @@ def test_a_twin_gives_what_was_lost(config: TrainConfig, tmp_path: Path) -> None
 def test_a_loop_of_crashes_ends_with_its_cause(config: TrainConfig, tmp_path: Path) -> None:
     strike = TrainStrike(tmp_path, "backward", 1, 2, times=9)
     pipeline = replace(config.pipeline, max_restarts=1)
-    with pytest.raises(StageDiedError, match=r"stage 1 of replica 0 died.*given up after 2 failures") as raised:
+    with pytest.raises(StageDiedError, match=r"stage 1 of replica 0 died.*given up after 3 failures") as raised:
         train(replace(config, output=str(tmp_path / "out"), pipeline=pipeline), train_actor=struck(strike))
     assert raised.value.exit_status == 4
     assert [line["step"] for line in metrics(tmp_path / "out")] == [1]
