@@ -151,9 +151,10 @@ class TrainStages:
         members = members_of(pipeline)
         for member, held in zip(members, self.calls.everywhere("void"), strict=True):
             member.held = held
-        if self._newcomer is not None:
+        if self._newcomer is not None and self._newcomer.actor is not None and len(members) < number:
             members.append(self._newcomer)
             self._newcomer = None
+        self._dismiss()
         timeout_s = self._job.config.pipeline.placement_timeout_s
         while len(members) < number:
             place = Place(self.resolved)
