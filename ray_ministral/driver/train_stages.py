@@ -16,13 +16,14 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from ray_ministral.driver.calls import Calls
-from ray_ministral.driver.pipeline import Pipeline, is_ready
+from ray_ministral.driver.pipeline import Pipeline, describe_error
 from ray_ministral.driver.places import ANNOUNCE_EVERY_S, Place
 from ray_ministral.driver.spares import Spares
 from ray_ministral.driver.train_actor import Held
 from ray_ministral.driver.train_copies import Copies, Copy
 from ray_ministral.driver.train_job import TrainJob
 from ray_ministral.driver.train_members import Member, change, members_of, plan, set_members
+from ray_ministral.driver.train_newcomer import Newcomer
 from ray_ministral.driver.train_policies import ScalingPolicy
 from ray_ministral.driver.train_replicas import stage_arguments, start_replicas
 from ray_ministral.driver.train_resume import CHECKPOINTS
@@ -46,7 +47,7 @@ class TrainStages:
         self._sizes = piece_sizes(job.arch)
         self._copies = Copies()
         self._trained: frozenset[Piece] = frozenset()
-        self._newcomer: Member | None = None
+        self._newcomer: Newcomer | None = None
         self._loading: dict[Any, tuple[Pipeline, int, Member]] = {}
         self._joining = False
         self.generation = 0
@@ -151,8 +152,9 @@ class TrainStages:
         members = members_of(pipeline)
         for member, held in zip(members, self.calls.everywhere("void"), strict=True):
             member.held = held
-        if self._newcomer is not None and self._newcomer.actor is not None and len(members) < number:
-            members.append(self._newcomer)
+        newcomer = None if self._newcomer is None else self._newcomer.member
+        if newcomer is not None and len(members) < number:
+            members.append(newcomer)
             self._newcomer = None
         self._dismiss()
         timeout_s = self._job.config.pipeline.placement_timeout_s
@@ -171,8 +173,7 @@ class TrainStages:
 
     def may_grow(self) -> bool:
         """Whether a newcomer is about to be taken in, so that no commit may be under way."""
-        newcomer = self._newcomer
-        return newcomer is not None and newcomer.loaded is not None and is_ready(newcomer.warm_up)
+        return self._newcomer is not None and self._newcomer.is_ready
 
     def grow(self, done: int) -> bool:
         """One stage more where there is room and more are wanted; whether that has happened. Waits for no newcomer."""
@@ -181,52 +182,31 @@ class TrainStages:
         if larger is None or larger != self.num_stages + 1:
             return False
         if self._newcomer is None:
-            self._newcomer = self._invite()
-        ready = self._prepare(self._newcomer, larger)
+            self._newcomer = Newcomer(self.resolved, self.replicas[0].new_actor)
+        try:
+            ready = self._newcomer.poll(self._role_of)
+        except RayError as error:
+            self._announce(f"a new stage could not start: {describe_error(error)}; trying again")
+            self._dismiss()
+            return False
         if ready:
             self._announce(f"there is room again: going on with {larger} stages")
             self.resize(larger, done)
         return ready
 
-    def _invite(self) -> Member:
-        """Ask for room for one more."""
-        place = Place(self.resolved)
-        return Member(None, None, place)
-
-    def _prepare(self, newcomer: Member, number: int) -> bool:
-        """Take a newcomer a step further, beside training; whether it has loaded what it is to be."""
-        if newcomer.actor is None:
-            if newcomer.place.wait(0):
-                newcomer.actor, newcomer.warm_up = self.replicas[0].new_actor(newcomer.place)
-            return False
-        waiting_for = newcomer.warm_up
-        if not is_ready(waiting_for):
-            return False
-        try:
-            result = ray.get(waiting_for)
-        except RayError as error:
-            self._announce(f"a new stage could not start: {str(error).strip().splitlines()[0]}; trying again")
-            self._dismiss()
-            return False
-        if newcomer.loaded is None:
-            members = [*members_of(self.replicas[0]), newcomer]
-            for member, pieces in zip(members, self._all_pieces, strict=False):
-                member.held = Held(0, pieces, pieces)
-            options = self._options(0, number, self._source_of_frozen())
-            migration = plan(members, options, 0, self._sizes)
-            newcomer.loaded = options[migration.places.index(len(members) - 1)]
-            newcomer.warm_up = newcomer.actor.load.remote(newcomer.loaded)
-            return False
-        newcomer.report = result
-        return True
+    def _role_of(self, member: Member) -> TrainStageOptions:
+        """What a newcomer is going to be, as things are."""
+        members = members_of(self.replicas[0])
+        for other, pieces in zip(members, self._all_pieces, strict=True):
+            other.held = Held(0, pieces, pieces)
+        options = self._options(0, len(members) + 1, self._source_of_frozen())
+        return options[plan([*members, member], options, 0, self._sizes).places.index(len(members))]
 
     def _dismiss(self) -> None:
         """End who was to come. Never raises."""
         newcomer, self._newcomer = self._newcomer, None
-        if newcomer is not None and newcomer.actor is not None:
+        if newcomer is not None:
             newcomer.end()
-        elif newcomer is not None:
-            newcomer.place.give_back()
 
     def _stages_to_go_on_with(self, states: Sequence[Mapping[int, Held]]) -> int:
         """As many as there were where there is room for those that are lost, else fewer, else wait for room."""

@@ -31,5 +31,5 @@ def test_a_failure_in_a_recovery_is_no_recovery_of_its_own() -> None:
 
 @pytest.mark.parametrize("kind", [PlacementError, OutputError])
 def test_what_no_other_stage_can_mend_ends_the_run(kind: type[ClusterError]) -> None:
-    with pytest.raises(kind, match="^full$"):
+    with pytest.raises(kind, match=r"^full$"):
         Failures(max_restarts=3).note(kind("full"))
