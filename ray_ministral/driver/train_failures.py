@@ -26,7 +26,7 @@ class Failures:
     def step_done(self) -> None:
         """A step has come to its end, so what went wrong before it was not in vain."""
         self._steps_done += 1
-        self._end()
+        self.over()
 
     def note(self, error: ClusterError) -> None:
         """Something has gone wrong. Raises it where nothing can be done about it, or it has happened too often."""
@@ -49,8 +49,8 @@ class Failures:
         """So many steps were begun and have to be done again."""
         self.steps_lost += steps
 
-    def _end(self) -> None:
-        """A recovery lasts until the next step is done."""
+    def over(self) -> None:
+        """A recovery lasts until the next step is done, or the run is."""
         if self._began:
             self.seconds += time.monotonic() - self._began
             self._began = 0.0

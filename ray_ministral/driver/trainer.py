@@ -74,6 +74,7 @@ class Trainer:
             self._start(stack)
             while not self._finished():
                 self._recover()
+            self._failures.over()
         return TrainSummary(
             steps=job.total_steps,
             first_step=job.first_step,
