@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -175,6 +175,8 @@ class TrainActor:
         if self._stage is not None:
             self._hang_up()
             self._stage.discard()
+        if self._writing is not None:
+            wait([self._writing])  # its files are removed with the attempt, and are not to come after that
         return self.held()
 
     def held(self) -> Held:

@@ -51,6 +51,12 @@ class Saver:
         if self._commit is not None:
             self._end_commit()
 
+    def abandon(self, timeout_s: float) -> None:
+        """After a loss: take no checkpoint further. Waits for a commit under way, whatever becomes of it."""
+        if self._commit is not None:
+            ray.wait([self._commit], timeout=timeout_s)
+        self._parts, self._commit = [], None
+
     def _start_commit(self) -> None:
         parts, self._parts = self._get(self._parts), []
         state = self._job.state(self._step)

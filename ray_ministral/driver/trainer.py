@@ -149,6 +149,8 @@ class Trainer:
         """Void the step under way; let what is left of the stages, and new ones, go on after the last whole step."""
         attempted, self._committing = self._done, (0, [])
         self._feed.forget()
+        if self._begun:
+            self._saver.abandon(self.config.pipeline.step_timeout_s)
         while True:
             try:
                 if not self._begun:  # even the first samples were not to be had
