@@ -87,14 +87,13 @@ def main(arguments: Sequence[str] | None = None, *, engine: Callable[[], Run] = 
     "--min-stages",
     type=int,
     metavar="N",
-    help="Begin with as few as this where the cluster has no room for --stages.  [default: --stages]",
+    help="Begin, or go on after a loss, with as few as this where there is no room for more.  [default: --stages]",
 )
 @click.option(
     "--max-stages",
     type=int,
     metavar="N",
-    help="Checked, and kept for runs that grow: so far the number of stages stays as it was at the start."
-    "  [default: --stages]",
+    help="Grow to as many as this, one after the other, where there is room.  [default: --stages]",
 )
 @click.option("--replicas", type=int, metavar="N", default=PipelineConfig.replicas, help="Copies of the pipeline.")
 @click.option("--threads-per-stage", type=int, metavar="N", help="CPU threads of a stage.")
@@ -164,6 +163,21 @@ def main(arguments: Sequence[str] | None = None, *, engine: Callable[[], Run] = 
 @click.option("--merge-lora", is_flag=True, help="final/ is a whole model with the adapters merged into it.")
 @click.option("--max-tokens", type=int, metavar="N", default=TrainConfig.max_tokens, help="Longer samples are skipped.")
 @click.option("--recompute", is_flag=True, help="Keep no activations: a third more time, much less memory.")
+@click.option(
+    "--no-buddy-copies",
+    is_flag=True,
+    help="Do not keep each stage's trained state outside its process, too, after each step.",
+)
+@click.option(
+    "--max-restarts",
+    type=int,
+    metavar="N",
+    default=PipelineConfig.max_restarts,
+    help="Give up after more failures than this in a row without a step getting done.",
+)
+@click.option(
+    "--spares", type=int, metavar="N", default=PipelineConfig.spares, help="Warm processes to stand in for dead stages."
+)
 @click.option("--checkpoint-every", type=int, metavar="N", help="Steps.  [default: at the end only]")
 @click.option(
     "--keep-checkpoints", type=int, metavar="N", default=TrainConfig.keep_checkpoints, help="The newest so many."
@@ -195,7 +209,7 @@ def command(engine: Callable[[], Run], /, **options: Any) -> None:
                     "messages_column",
                 ),
             ),
-            (PipelineConfig, ("stages", "replicas", "threads_per_stage", "device", "dtype")),
+            (PipelineConfig, ("stages", "replicas", "threads_per_stage", "device", "dtype", "max_restarts", "spares")),
             (
                 OptimizerConfig,
                 (
@@ -217,11 +231,18 @@ def command(engine: Callable[[], Run], /, **options: Any) -> None:
         eval=evaluation,
         pipeline=PipelineConfig(**parts[PipelineConfig]),
         optimizer=OptimizerConfig(**parts[OptimizerConfig]),
+        buddy_copies=not options.pop("no_buddy_copies"),
         **options,
     )
     log_to_stderr()
     let_local_workers_import_us(ROOT)
     summary = engine()(config)
+    if summary.recoveries:
+        click.echo(
+            f"recoveries: {summary.recoveries} in {summary.recovery_seconds:.0f} s; "
+            f"steps done again: {summary.steps_lost}",
+            err=True,
+        )
     click.echo(
         f"{summary.steps} steps, last loss {summary.loss}, {summary.tokens_per_second:.0f} tokens/s, "
         f"{summary.skipped_rows} rows skipped; the model is in {summary.output}/final"

@@ -366,7 +366,9 @@ class TrainConfig:
     `global_batch_size` samples make an optimizer step, whatever the stages and replicas; they are filled into
     microbatches of `microbatch_size` samples on average, evenly by tokens. `lora_alpha` None is the rank. `min_stages`
     and `max_stages` are the bounds within which the number of stages may differ from `pipeline.stages` (None: not at
-    all); a run only starts with fewer, where the cluster has no room for all.
+    all): fewer where the cluster has no room for more, at the start or after a loss, more as soon as there is room.
+    `buddy_copies`: each stage's trained state is kept outside its process after each of the last two steps, in the
+    object stores of its node and of another one; without them a lost stage takes the run back to the last checkpoint.
     """
 
     model: str
@@ -391,6 +393,7 @@ class TrainConfig:
     max_tokens: int = 8192
     min_stages: int | None = None
     max_stages: int | None = None
+    buddy_copies: bool = True
     checkpoint_every: int | None = None
     keep_checkpoints: int = 2
     resume: str = "auto"

@@ -18,6 +18,7 @@
         ├── StageDiedError    a stage actor died, hung or could not start
         ├── OutputError       the output cannot be written: a full disk, a full object store
         ├── LeaseLostError    another job has taken over the output folder
+        ├── PieceError        a part of the model did not come from one stage to another as it was sent
         └── StaleStepError    a step of a pipeline as it was before a stage was replaced; nobody waits for it
 
 A message says what it got, what it wanted and what to change. Bugs are not in this tree: they stay
@@ -130,6 +131,10 @@ class StageDiedError(ClusterError):
 
 class StaleStepError(ClusterError):
     """A step of an older generation came to a stage: the driver has given it up."""
+
+
+class PieceError(ClusterError):
+    """A part of the model did not come from one stage to another as it was sent."""
 
 
 class OutputError(ClusterError):

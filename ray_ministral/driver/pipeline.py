@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import time
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_ministral.config import STAGE_ENVIRONMENT, PipelineConfig
 from ray_ministral.driver.cluster import Resolved, alive_nodes
-from ray_ministral.driver.places import ANNOUNCE_EVERY_S, Announce, Place, reserve_places
+from ray_ministral.driver.places import Announce, Place, reserve_places
 from ray_ministral.driver.stage_actor import LoadReport, StageStatus
 from ray_ministral.errors import RayMinistralError, StageDiedError
 
@@ -63,7 +62,6 @@ class Pipeline:
         self.new_actor = new_actor
         self.actors: list[Any] = []
         self.warm_ups: list[Any] = []
-        self._loads: list[Any] = []
         self.loaded: dict[int, LoadReport] = {}
 
     @classmethod
@@ -78,7 +76,7 @@ class Pipeline:
         announce: Announce,
         generation: int = 0,
     ) -> Pipeline:
-        """Reserve room for all stages, start their actors, let them warm up; `load` tells them which stages they are.
+        """Reserve room for all stages, start their actors, let them warm up. The caller tells them who they are.
 
         Raises `PlacementError` where the cluster has no room within `config.placement_timeout_s`.
         """
@@ -94,31 +92,10 @@ class Pipeline:
             raise
         return pipeline
 
-    def load(self, arguments: Sequence[tuple[Any, ...]]) -> None:
-        """Let the stages load in parallel, with the arguments of each, first to last; `wait_ready` waits for them."""
-        self._loads = [actor.load.remote(*own) for actor, own in zip(self.actors, arguments, strict=True)]
-
     @property
     def num_stages(self) -> int:
         """Stages of this replica."""
         return len(self.actors)
-
-    def wait_ready(self, timeout_s: float, announce: Announce) -> None:
-        """Wait until all stages have their weights; says every few seconds what each is doing.
-
-        Raises the stage's own error where it refuses the model, `StageDiedError` where it dies or takes too long.
-        """
-        deadline = time.monotonic() + timeout_s
-        pending = list(self._loads)
-        while pending:
-            _, pending = ray.wait(pending, num_returns=len(pending), timeout=ANNOUNCE_EVERY_S)
-            self._raise_failed_loads()
-            if not pending:
-                break
-            shown = self.progress()
-            announce(f"{self.name}: waiting for {len(pending)} of {self.num_stages} stages: {shown}")
-            if time.monotonic() > deadline:
-                raise self.not_ready(timeout_s, shown)
 
     def not_ready(self, timeout_s: float, shown: str) -> StageDiedError:
         """What to raise where stages take too long to start; `shown` is their `progress`."""
@@ -163,9 +140,9 @@ class Pipeline:
         ray.wait(answers, num_returns=len(answers), timeout=timeout_s)
         return [_value(answer) for answer in answers]
 
-    def unresponsive(self) -> list[int]:
+    def unresponsive(self, timeout_s: float = HEALTH_TIMEOUT_S) -> list[int]:
         """Stages whose health group does not answer."""
-        return [index for index, status in enumerate(self.ask("status", HEALTH_TIMEOUT_S)) if status is None]
+        return [index for index, status in enumerate(self.ask("status", timeout_s)) if status is None]
 
     def death(self, error: RayActorError) -> StageDiedError:
         """What to raise for a stage that has died: which one, where, and Ray's reason, in one line."""
@@ -189,16 +166,6 @@ class Pipeline:
             end_actor(actor)
         for place in self.places:
             place.give_back()
-
-    def _raise_failed_loads(self) -> None:
-        for index, load in enumerate(self._loads):
-            if is_ready(load):
-                try:
-                    ray.get(load)
-                except RayTaskError as error:
-                    raise self.cannot_load(index, error) from error
-                except RayActorError as error:
-                    raise self.death(error) from error
 
 
 @ray.remote(num_cpus=0, max_retries=0)

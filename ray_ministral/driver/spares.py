@@ -50,6 +50,11 @@ class Spares:
         self._start(freed)
         return True
 
+    @property
+    def ready(self) -> int:
+        """How many could stand in now."""
+        return sum(_is_warm(spare) for spare in self._waiting)
+
     def poll(self) -> None:
         """Start those anew whose node has died."""
         if time.monotonic() < self._look_at:

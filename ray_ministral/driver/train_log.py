@@ -46,12 +46,7 @@ class TrainLog:
         self.skipped_rows = 0
         self._last: StepResult | None = None
         self._tokens, self._seconds = 0, 0.0
-        done = range(1, first_step + 1)
-        _keep_steps(self._metrics, done)
-        _keep_steps(self._skipped, range(first_step + 1) if first_step else ())
-        self.evaluated = _keep_steps(self._evaluations, range(first_step + 1) if first_step else ())
-        # An evaluation counts once its loss is there, which is written after its captions.
-        _keep_steps(self._captions, self.evaluated)
+        self._keep(first_step, range(first_step + 1) if first_step else ())
         self._events = EventWriter(output / "tensorboard", first_step + 1 if first_step else 0)
 
     def __enter__(self) -> Self:
@@ -76,6 +71,23 @@ class TrainLog:
     def tokens_per_second(self) -> float:
         """Of this run's steps."""
         return self._tokens / self._seconds if self._seconds else 0.0
+
+    def rewind(self, done: int) -> None:
+        """The run goes on after `done` steps: what is said of later ones is undone, for they are done again."""
+        if self._keep(done, range(done + 1)):
+            self._events.close()
+            self._events = EventWriter(self._output / "tensorboard", done + 1)
+
+    def _keep(self, done: int, known: Iterable[int]) -> bool:
+        """Keep the lines of `done` steps, and those of `known` steps of everything else; whether steps were undone."""
+        known = tuple(known)
+        before = self._metrics.read_bytes() if self._metrics.exists() else b""
+        _keep_steps(self._metrics, range(1, done + 1))
+        _keep_steps(self._skipped, known)
+        self.evaluated = _keep_steps(self._evaluations, known)
+        # An evaluation counts once its loss is there, which is written after its captions.
+        _keep_steps(self._captions, self.evaluated)
+        return bool(before) and before != self._metrics.read_bytes()
 
     def message(self, text: str) -> None:
         """A line on stderr."""

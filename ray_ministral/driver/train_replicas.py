@@ -59,30 +59,34 @@ def start_replicas(
 
 
 def stage_arguments(
-    job: TrainJob, chunks: Sequence[StageSpec], stages: int, replica: int, resolved: Resolved
-) -> list[tuple[TrainStageOptions]]:
+    job: TrainJob,
+    chunks: Sequence[StageSpec],
+    stages: int,
+    replica: int,
+    resolved: Resolved,
+    checkpoint: str | None,
+) -> list[TrainStageOptions]:
     """What the actor of each stage loads: chunk c belongs to stage c modulo `stages`."""
     config = job.config
     return [
-        (
-            TrainStageOptions(
-                model_dir=job.model_dir,
-                chunks=tuple(enumerate(chunks))[stage::stages],
-                stage=stage,
-                num_stages=stages,
-                num_chunks=len(chunks),
-                replica=replica,
-                num_replicas=config.pipeline.replicas,
-                device=resolved.device,
-                dtype=resolved.dtype,
-                threads=resolved.threads,
-                optimizer=config.optimizer,
-                freeze=config.freeze,
-                lora_rank=config.lora_rank,
-                lora_alpha=config.lora_alpha,
-                recompute=config.recompute,
-                seed=config.seed,
-            ),
+        TrainStageOptions(
+            model_dir=job.model_dir,
+            chunks=tuple(enumerate(chunks))[stage::stages],
+            stage=stage,
+            num_stages=stages,
+            num_chunks=len(chunks),
+            replica=replica,
+            num_replicas=config.pipeline.replicas,
+            device=resolved.device,
+            dtype=resolved.dtype,
+            threads=resolved.threads,
+            optimizer=config.optimizer,
+            freeze=config.freeze,
+            lora_rank=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            recompute=config.recompute,
+            seed=config.seed,
+            checkpoint=checkpoint,
         )
         for stage in range(stages)
     ]

@@ -8,7 +8,11 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class TrainSummary:
-    """What a training job did."""
+    """What a training job did.
+
+    recoveries: how often it went on after a loss, in `recovery_seconds` until the next step was done. steps_lost: begun
+    and done again.
+    """
 
     steps: int
     first_step: int
@@ -17,6 +21,9 @@ class TrainSummary:
     tokens_per_second: float
     skipped_rows: int
     output: str
+    recoveries: int = 0
+    recovery_seconds: float = 0.0
+    steps_lost: int = 0
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,11 @@ class Saver:
         self._parts: list[Any] = []
         self._commit: Any = None
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a checkpoint is under way."""
+        return bool(self._parts) or self._commit is not None
+
     def begin(self, done: int) -> None:
         """A checkpoint after `done` steps; returns when the stages may go on."""
         self.finish()
@@ -45,6 +50,12 @@ class Saver:
             self._start_commit()
         if self._commit is not None:
             self._end_commit()
+
+    def abandon(self, timeout_s: float) -> None:
+        """After a loss: take no checkpoint further. Waits for a commit under way, whatever becomes of it."""
+        if self._commit is not None:
+            ray.wait([self._commit], timeout=timeout_s)
+        self._parts, self._commit = [], None
 
     def _start_commit(self) -> None:
         parts, self._parts = self._get(self._parts), []

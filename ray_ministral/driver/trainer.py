@@ -8,29 +8,27 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
-from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import ray
 
 from ray_ministral.config import TrainConfig
-from ray_ministral.data.row_reader import RowPlace
-from ray_ministral.driver.calls import Calls
 from ray_ministral.driver.cluster import connected
 from ray_ministral.driver.eval_captions import EvalCaptioner
 from ray_ministral.driver.evaluation import Evaluator
 from ray_ministral.driver.sample_actor import start_sample_actor
 from ray_ministral.driver.trace import Trace
 from ray_ministral.driver.train_actor import train_actor_class
+from ray_ministral.driver.train_failures import Failures
+from ray_ministral.driver.train_feed import SampleFeed
 from ray_ministral.driver.train_job import TrainJob
 from ray_ministral.driver.train_log import TrainLog
-from ray_ministral.driver.train_replicas import stage_arguments, start_replicas
 from ray_ministral.driver.train_result import StepResult, TrainSummary
 from ray_ministral.driver.train_resume import CHECKPOINTS
 from ray_ministral.driver.train_saver import Saver
-from ray_ministral.errors import InputError
+from ray_ministral.driver.train_stages import TrainStages
+from ray_ministral.errors import ClusterError
 from ray_ministral.training.checkpoint import (
     MODEL,
     checkpoint_name,
@@ -42,12 +40,8 @@ from ray_ministral.training.packing import build_microbatches, num_microbatches
 from ray_ministral.training.plan import StageReport, TrainMicrobatch, TrainPlan
 from ray_ministral.training.rates import clip_scale, global_norm
 from ray_ministral.training.samples import PreparedSamples
-from ray_ministral.training.targets import TrainSample
 
 logger = logging.getLogger(__name__)
-
-STEPS_AHEAD = 2
-"""Steps whose samples are prepared before they are needed."""
 
 
 def train(config: TrainConfig, *, train_actor: Any = None) -> TrainSummary:
@@ -64,7 +58,6 @@ class Trainer:
     def __init__(self, config: TrainConfig, *, train_actor: Any = None) -> None:
         self.config = config
         self._actor_class = train_actor
-        self._generation = 0
 
     def run(self) -> TrainSummary:
         """Plan, start, step after step, save, clean up; see `train`."""
@@ -72,32 +65,16 @@ class Trainer:
         if job.resume_from is not None:
             logger.info("going on from %s", job.resume_from)
         started = time.monotonic()
+        self._done = job.first_step
+        self._failures = Failures(self.config.pipeline.max_restarts)
         with ExitStack() as stack:
             self._log = log = stack.enter_context(TrainLog(job.output, job.total_steps, job.first_step))
             self._trace = stack.enter_context(Trace(self.config.trace))
             stack.enter_context(connected(self.config.address, self.config.pipeline))
-            self._ahead: deque[tuple[int, Any, Any]] = deque()
-            self._committing: tuple[int, list[Any]] = (0, [])
             self._start(stack)
-            self._evaluate_first()
-            for step in range(job.first_step, job.total_steps):
-                begun = time.monotonic()
-                with self._trace.driver("samples", step=step + 1):
-                    prepared, pixels = self._samples(step)
-                microbatches = self._pack(prepared)
-                with self._trace.driver("compute", step=step + 1):
-                    reports = self._compute(step, microbatches, pixels)
-                with self._trace.driver("commit", step=step + 1):
-                    norm, rate = self._commit(step, microbatches, reports)
-                seconds = time.monotonic() - begun
-                log.step(self._result(step, microbatches, reports, norm, rate, seconds), prepared.skipped)
-                self._saver.poll()
-                # Before the checkpoint: a run that goes on from it needs no evaluation of it.
-                if self._evaluation_is_due(step + 1):
-                    self._evaluate(step + 1)
-                if self._checkpoint_is_due(step + 1):
-                    self._save(step + 1)
-            self._finish()
+            while not self._finished():
+                self._recover()
+            self._failures.over()
         return TrainSummary(
             steps=job.total_steps,
             first_step=job.first_step,
@@ -106,94 +83,125 @@ class Trainer:
             tokens_per_second=log.tokens_per_second,
             skipped_rows=log.skipped_rows,
             output=str(job.output),
+            recoveries=self._failures.recoveries,
+            recovery_seconds=self._failures.seconds,
+            steps_lost=self._failures.steps_lost,
         )
 
-    # Starting
+    def _finished(self) -> bool:
+        """Do what is left to do; False when something on the way has failed, and there may be a way to go on."""
+        try:
+            if not self._begun:
+                self._begin()
+            self._catch_up()
+            while self._done < self._job.total_steps:
+                self._step(self._done)
+            self._finish()
+        except ClusterError as error:
+            self._failures.note(error)
+            self._log.message(f"step {self._done + 1} is void: {error}")
+            return False
+        return True
+
+    def _step(self, step: int) -> None:
+        begun = time.monotonic()
+        self._grow(step)
+        with self._trace.driver("samples", step=step + 1):
+            prepared, pixels = self._feed.samples(step, self._calls.get)
+        microbatches = self._pack(prepared)
+        with self._trace.driver("compute", step=step + 1):
+            reports = self._compute(step, microbatches, pixels)
+        with self._trace.driver("commit", step=step + 1):
+            norm, rate = self._commit(step, microbatches, reports)
+        seconds = time.monotonic() - begun
+        self._log.step(self._result(step, microbatches, reports, norm, rate, seconds), prepared.skipped)
+        self._done = step + 1
+        self._failures.step_done()
+        self._saver.poll()
+        # Before the checkpoint: a run that goes on from it needs no evaluation of it.
+        if self._evaluation_is_due(step + 1):
+            self._evaluate(step + 1)
+        if self._checkpoint_is_due(step + 1):
+            self._save(step + 1)
+
+    # Starting, and starting again
 
     def _start(self, stack: ExitStack) -> None:
-        config, job = self.config.pipeline, self._job
+        job = self._job
         # Started before the stages: it reads and prepares while they import and load.
         self._sampler = start_sample_actor(job.sample_options)
         stack.callback(ray.kill, self._sampler)
-        self._fill()
-        self._replicas, resolved = start_replicas(
-            job, self._actor_class or train_actor_class(), self._generation, self._log.message
+        self._feed = SampleFeed(job, self._sampler)
+        self._live = TrainStages(job, self._actor_class or train_actor_class(), self._log.message)
+        self._live.start(stack, self._sampler)
+        self._calls = self._live.calls
+        self._committing: tuple[int, list[Any]] = (0, [])
+        self._begun = False
+
+    def _begin(self) -> None:
+        """Let the stages read the model, or the checkpoint that the run goes on from."""
+        self._live.use_samples(self._feed.first_samples(self._calls.get))
+        remove_attempts(self._job.output / CHECKPOINTS)
+        self._done = self._live.begin()
+        self._attach()
+
+    def _recover(self) -> None:
+        """Void the step under way; let what is left of the stages, and new ones, go on after the last whole step."""
+        attempted, self._committing = self._done, (0, [])
+        self._feed.forget()
+        if self._begun:
+            self._saver.abandon(self.config.pipeline.step_timeout_s)
+        while True:
+            try:
+                if not self._begun:  # even the first samples were not to be had
+                    self._live.use_samples(self._feed.first_samples(self._calls.get))
+                self._done = self._live.recover()
+                break
+            except ClusterError as error:
+                self._failures.note(error)
+                self._log.message(f"one more: {error}")
+        self._failures.lost(attempted - self._done + (attempted < self._job.total_steps))
+        self._log.rewind(self._done)
+        remove_attempts(self._job.output / CHECKPOINTS)
+        self._attach()
+        self._log.message(
+            f"going on after step {self._done} with {self._live.num_stages} stages, generation {self._live.generation}"
         )
-        for pipeline in self._replicas:
-            stack.callback(pipeline.close)
-        self._stages = self._replicas[0].num_stages
-        self._calls = Calls(self._replicas, self._sampler, config.step_timeout_s)
-        partition = job.chunks(self._stages, self._first_samples())
-        self._log.message(f"decoder layers of each chunk: {', '.join(map(str, partition.layers_per_stage))}")
-        for replica, pipeline in enumerate(self._replicas):
-            pipeline.load(stage_arguments(job, partition.stages, self._stages, replica, resolved))
-        for pipeline in self._replicas:
-            pipeline.wait_ready(config.start_timeout_s, self._log.message)
-        self._connect()
-        remove_attempts(job.output / CHECKPOINTS)
-        if job.resume_from is not None:
-            self._calls.everywhere("restore", str(job.resume_from))
+
+    def _grow(self, done: int) -> None:
+        """Take in one stage more, where one has become ready beside training."""
+        if not self._saver.is_busy:
+            if self._live.may_grow():
+                self._settle()
+            if self._live.grow(done):
+                self._attach()
+
+    def _attach(self) -> None:
+        """What works on the stages that there are now."""
+        live, job = self._live, self._job
+        self._begun = True
+        self._replicas, self._stages = live.replicas, live.num_stages
         self._saver = Saver(job, self._replicas[0], self._calls.get)
-        self._schedules = ScheduleMaker(self.config.schedule, self._stages, self._trainable_chunks())
+        self._schedules = ScheduleMaker(self.config.schedule, self._stages, live.trainable_chunks())
         self._evaluator = self._captioner = None
         if job.eval_rows is not None:
-            self._evaluator = Evaluator(job, job.eval_rows, self._replicas, self._prepare, self._calls.get)
+            self._evaluator = Evaluator(job, job.eval_rows, self._replicas, self._feed.prepare, self._calls.get)
             self._captioner = EvalCaptioner(
-                job, job.eval_rows, self._replicas[0], resolved.device, self._prepare, self._calls.get
+                job, job.eval_rows, self._replicas[0], live.resolved.device, self._feed.prepare, self._calls.get
             )
 
-    def _connect(self) -> None:
-        """All stages of all replicas meet at the store of the very first one."""
-        address = self._calls.get([self._replicas[0].actors[0].serve_store.remote()])[0]
-        self._calls.everywhere("join", self._generation, address)
-
-    def _trainable_chunks(self) -> tuple[bool, ...]:
-        found = {
-            number: trains
-            for held in self._calls.get([actor.trainable.remote() for actor in self._replicas[0].actors])
-            for number, trains in held.items()
-        }
-        return tuple(found[number] for number in range(len(found)))
+    def _catch_up(self) -> None:
+        """What is due after the step that the stages are at: at the start, or since a failure got in between."""
+        done, evaluated = self._done, self._log.evaluated
+        # An earlier run may have evaluated, and need no other now.
+        if not evaluated or (done not in evaluated and self._evaluation_is_due(done)):
+            self._evaluate(done)
+        saved = self._job.output / CHECKPOINTS / checkpoint_name(done)
+        due = done > self._job.first_step and self._checkpoint_is_due(done)
+        if due and not saved.exists():
+            self._save(done)
 
     # A step
-
-    def _fill(self) -> None:
-        """Start preparing the samples of the next steps."""
-        job = self._job
-        next_step = self._ahead[-1][0] + 1 if self._ahead else job.first_step
-        while len(self._ahead) < STEPS_AHEAD and next_step < job.total_steps:
-            numbers = job.order.step_samples(next_step, self.config.global_batch_size)
-            places = [job.rows.place(number) for number in numbers]
-            prepared, pixels = self._prepare(places)
-            self._ahead.append((next_step, prepared, pixels))
-            next_step += 1
-
-    def _prepare(self, places: Sequence[RowPlace]) -> tuple[Any, Any]:
-        """References to the samples of some rows and to their pixels."""
-        samples, pixels = self._sampler.prepare.options(num_returns=2).remote(places)
-        return samples, pixels
-
-    def _samples(self, step: int) -> tuple[PreparedSamples, Any]:
-        """The samples of a step and the reference to their pixels."""
-        while self._ahead and self._ahead[0][0] < step:
-            self._ahead.popleft()
-        self._fill()
-        number, reference, pixels = self._ahead.popleft()
-        assert number == step, f"samples of step {number}, wanted those of step {step}"
-        prepared: PreparedSamples = self._calls.get([reference])[0]
-        self._fill()
-        return prepared, pixels
-
-    def _first_samples(self) -> list[TrainSample]:
-        """Samples of the first step, to see what each layer costs. Raises `InputError` where none can be used."""
-        if not self._ahead:
-            return []
-        prepared: PreparedSamples = self._calls.get([self._ahead[0][1]])[0]
-        samples = [sample for sample in prepared.samples if sample is not None]
-        if not samples:
-            skipped = prepared.skipped
-            raise InputError(f"none of the first {len(skipped)} rows of --train can be used; {skipped[0]}")
-        return samples
 
     def _pack(self, prepared: PreparedSamples) -> list[tuple[TrainMicrobatch, ...]]:
         """The microbatches of each replica, in order, as even in number as can be."""
@@ -210,7 +218,7 @@ class Trainer:
         for pipeline, own in zip(self._replicas, microbatches, strict=True):
             actions = self._schedules.schedule(len(own)).actions if own else ((),) * pipeline.num_stages
             for stage, actor in enumerate(pipeline.actors):
-                plan = TrainPlan(step, self._generation, own, actions[stage], total)
+                plan = TrainPlan(step, self._live.generation, own, actions[stage], total)
                 references.append(actor.compute.remote(plan, *([pixels] if stage == 0 else [])))
         self._settle()
         reports: list[StageReport] = self._calls.get(references)
@@ -229,9 +237,8 @@ class Trainer:
         # Twins have the same gradients after their all-reduce: those of the first replica count.
         norms = {name: norm for report in reports[: self._stages] for name, norm in report.squared_norms.items()}
         norm, rate = global_norm(norms), self._job.learning_rate.at(step)
-        if _num_targets(microbatches):
-            scale = clip_scale(norm, self.config.optimizer.clip_norm)
-            self._committing = step, self._calls.start("commit", scale, rate)
+        scale = clip_scale(norm, self.config.optimizer.clip_norm) if _num_targets(microbatches) else None
+        self._committing = step, self._live.commit(step + 1, scale, rate)
         return norm, rate
 
     def _settle(self) -> None:
@@ -262,7 +269,7 @@ class Trainer:
             tokens=sum(microbatch.num_tokens for own in microbatches for microbatch in own),
             seconds=seconds,
             stages=self._stages,
-            generation=self._generation,
+            generation=self._live.generation,
             busy=tuple(report.busy_seconds for report in reports),
         )
 
@@ -273,12 +280,6 @@ class Trainer:
         if every is None or done == self._job.total_steps:
             return self._checkpoint_is_due(done)
         return done % every == 0
-
-    def _evaluate_first(self) -> None:
-        """Before the first step, unless an earlier run has done so and needs no other now."""
-        done, evaluated = self._job.first_step, self._log.evaluated
-        if not evaluated or (done not in evaluated and self._evaluation_is_due(done)):
-            self._evaluate(done)
 
     def _evaluate(self, done: int) -> None:
         """Loss and captions after `done` steps, where there is something to evaluate on."""

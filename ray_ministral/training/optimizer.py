@@ -102,5 +102,14 @@ class Optimizer:
         if moments:
             self._of(held).state[held] = dict(moments)
 
+    def adopt(self, other: Optimizer) -> None:
+        """Take over masters and moments of the parameters that another one has, too, by reference."""
+        for name in self.parameters.keys() & other.parameters.keys():
+            mine, theirs = self.masters[name], other.masters[name]
+            mine.data = theirs.data
+            held = other._of(theirs).state.get(theirs)
+            if held:
+                self._of(mine).state[mine] = dict(held)
+
     def _of(self, master: nn.Parameter) -> torch.optim.Optimizer:
         return self._optimizers[1 if master in self._matrices else 0]

@@ -17,7 +17,10 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class TrainStageOptions:
-    """What one stage of one replica is made with. Chunks by global number; `freeze` as in `TrainConfig`."""
+    """What one stage of one replica is made with. Chunks by global number; `freeze` as in `TrainConfig`.
+
+    checkpoint: what it is read from, None for the model of `model_dir`.
+    """
 
     model_dir: str
     chunks: tuple[tuple[int, StageSpec], ...]
@@ -35,6 +38,7 @@ class TrainStageOptions:
     lora_alpha: float | None = None
     recompute: bool = False
     seed: int = 0
+    checkpoint: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

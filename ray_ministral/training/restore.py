@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from ray_ministral.model.low_rank import adapters_of
 from ray_ministral.model.ministral3 import Ministral3Model
 from ray_ministral.model.weights import TensorSlot, parameter_slots
 from ray_ministral.training.checkpoint import MODEL, OPTIMIZER
+from ray_ministral.training.migration import Piece
 from ray_ministral.training.model_directory import ADAPTER_CONFIG
 from ray_ministral.training.muon import STEP
 from ray_ministral.training.optimizer import MASTER, Optimizer
@@ -49,11 +51,37 @@ def restore(stage: TrainStage, read: Read, source: str) -> None:
             restoring.restore(parameter)
 
 
+def restore_parameters(
+    stage: TrainStage,
+    piece_of: Callable[[str], Piece | None],
+    read: Callable[[Piece, str], Tensor | None],
+    source: str,
+) -> None:
+    """Set those parameters of a stage that belong to a piece, by what `read` has of the piece; as `restore` otherwise.
+
+    `piece_of` gets a parameter's own name. Weights that are frozen are set where `read` has them.
+    """
+    for chunk in stage.chunks.values():
+        for parameter, slots in parameter_slots(chunk).items():
+            piece = piece_of(next(iter(slots)))
+            if piece is not None:
+                _Chunk(chunk, stage.optimizer, partial(read, piece), source, frozen="where there").restore(parameter)
+
+
 class _Chunk:
     """One chunk while it is restored, a parameter at a time."""
 
-    def __init__(self, chunk: Ministral3Model, optimizer: Optimizer, read: Read, source: str) -> None:
+    def __init__(
+        self,
+        chunk: Ministral3Model,
+        optimizer: Optimizer,
+        read: Read,
+        source: str,
+        *,
+        frozen: Literal["wanted", "where there"] = "wanted",
+    ) -> None:
         self._optimizer, self._read, self._source = optimizer, read, source
+        self._frozen = frozen
         self._adapted = next(adapters_of(chunk), None) is not None
         stored = {OUTPUT_LAYER: EMBEDDING} if is_tied(chunk.hf_config) else {}
         parameters = parameter_slots(chunk)
@@ -65,8 +93,12 @@ class _Chunk:
 
     def restore(self, parameter: nn.Parameter) -> None:
         if not parameter.requires_grad:
-            if not self._adapted:  # else it is as training began, and not in the checkpoint
-                for name, slot in self.slots[parameter].items():
+            for name, slot in self.slots[parameter].items():
+                if self._frozen == "where there":
+                    found = self._read(name)
+                    if found is not None:
+                        slot.write(self._fitting(name, slot, found))
+                elif not self._adapted:  # else it is as training began, and not in the checkpoint
                     slot.write(self._fitting(name, slot, self._wanted(name)))
             return
         master = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)

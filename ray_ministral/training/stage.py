@@ -115,6 +115,10 @@ class TrainStage:
         self.optimizer.step(scale, learning_rate)
         self.discard()
 
+    def forget(self) -> None:
+        """Forget what a step that has failed has left: activations, and messages under way."""
+        self._reset()
+
     def discard(self) -> None:
         """Forget the gradients: the step has not happened."""
         for accumulator in self._accumulators.values():

@@ -3,6 +3,7 @@ but Ray and torch.distributed, in milliseconds."""
 
 from __future__ import annotations
 
+import copy
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -12,12 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ray_ministral.config import OptimizerConfig, StageSpec
+from ray_ministral.config import Freezable, OptimizerConfig, StageSpec
 from ray_ministral.model.architecture import is_tied
 from ray_ministral.model.weights import load_chunk
+from ray_ministral.pipeline.partition import Partition
 from ray_ministral.pipeline.schedule import Schedule
+from ray_ministral.training.build import build_stage, rebuild_stage
 from ray_ministral.training.lora import LoraOptions, add_adapters
-from ray_ministral.training.plan import StageReport, TrainMicrobatch, TrainPlan
+from ray_ministral.training.migration import Migration, pieces_of, plan_migration
+from ray_ministral.training.pieces import give, take
+from ray_ministral.training.plan import StageReport, TrainMicrobatch, TrainPlan, TrainStageOptions
 from ray_ministral.training.rates import clip_scale, global_norm
 from ray_ministral.training.stage import TrainStage, gradients
 
@@ -94,6 +99,8 @@ class Pipeline:
         seed: int = 0,
         twins: Sequence[ThreadTwins] | None = None,
     ) -> None:
+        self._model_dir, self._freeze, self._lora, self._dtype = model_dir, freeze, lora, dtype
+        self._optimizer, self._recompute, self._seed = optimizer or OptimizerConfig(), recompute, seed
         queues: dict[tuple[int, int, int], queue.Queue[Tensor]] = {}
         self.num_stages, self.num_chunks = num_stages, len(chunk_layers)
         chunks: list[dict[int, Any]] = [{} for _ in range(num_stages)]
@@ -114,12 +121,64 @@ class Pipeline:
                 num_chunks=self.num_chunks,
                 transport=QueueTransport(queues, stage),
                 twins=None if twins is None else twins[stage],
-                optimizer=optimizer or OptimizerConfig(),
+                optimizer=self._optimizer,
                 pixel_table=pixel_table if stage == 0 else None,
                 recompute=recompute,
             )
             for stage in range(num_stages)
         ]
+
+    def options(self, chunk_layers: Sequence[int], num_stages: int) -> list[TrainStageOptions]:
+        """What stages of another cut are made with."""
+        chunks = tuple(enumerate(Partition.from_layers(chunk_layers, sum(chunk_layers)).stages))
+        parts: tuple[Freezable, ...] = ("language", "vision", "projector")
+        return [
+            TrainStageOptions(
+                model_dir=str(self._model_dir),
+                chunks=chunks[stage::num_stages],
+                stage=stage,
+                num_stages=num_stages,
+                num_chunks=len(chunks),
+                replica=0,
+                num_replicas=1,
+                device="cpu",
+                dtype="bfloat16" if self._dtype == torch.bfloat16 else "float32",
+                threads=1,
+                optimizer=self._optimizer,
+                freeze=tuple(part for part, frozen in zip(parts, self._freeze, strict=False) if frozen),
+                lora_rank=None if self._lora is None else self._lora.rank,
+                lora_alpha=None if self._lora is None else self._lora.alpha,
+                recompute=self._recompute,
+                seed=self._seed,
+            )
+            for stage in range(num_stages)
+        ]
+
+    def change(self, chunk_layers: Sequence[int], num_stages: int) -> Migration:
+        """Another cut between two steps: pieces move as `Trainer` moves them, the other tensors stay where they are."""
+        options = self.options(chunk_layers, num_stages)
+        old = [*self.stages, *[None] * max(0, num_stages - self.num_stages)]
+        held = [frozenset() if stage is None else pieces_of([c.stage for c in stage.chunks.values()]) for stage in old]
+        wanted = [pieces_of([spec for _, spec in own.chunks]) for own in options]
+        plan = plan_migration(held, wanted, dict.fromkeys(set().union(*wanted), 1))
+        given: dict[int, list[Any]] = {}
+        for move in plan.moves:
+            source = old[move.source]
+            assert source is not None
+            given.setdefault(move.target, []).append(copy.deepcopy(give(source, move.pieces)))
+        queues: dict[tuple[int, int, int], queue.Queue[Tensor]] = {}
+        stages = []
+        for own, place in zip(options, plan.places, strict=True):
+            before = old[place]
+            if before is None:
+                stage = build_stage(own)
+                take(stage, wanted[own.stage], given[place], "a test")
+            else:
+                stage = rebuild_stage(before, own, given.get(place, []), "a test")
+            stage.connect(QueueTransport(queues, own.stage))
+            stages.append(stage)
+        self.stages, self.num_stages, self.num_chunks = stages, num_stages, len(chunk_layers)
+        return plan
 
     @property
     def tied(self) -> bool:

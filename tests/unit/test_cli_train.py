@@ -48,7 +48,7 @@ def test_every_option_arrives() -> None:
         "--freeze vision --freeze projector --lora-rank 8 --recompute --checkpoint-every 9 --keep-checkpoints 10 "
         "--resume never --address local --eval held.parquet --eval-every 11 --eval-limit 12 --eval-captions 13 "
         "--eval-max-new-tokens 14 --system-prompt brief --max-tokens 15 --lora-alpha 16 --merge-lora --min-stages 3 "
-        "--max-stages 5 --optimizer muon"
+        "--max-stages 5 --optimizer muon --no-buddy-copies --max-restarts 17 --spares 18"
     )
     assert config_of(*text.split()) == TrainConfig(
         model="m",
@@ -69,7 +69,9 @@ def test_every_option_arrives() -> None:
             adam_beta2=0.5,
             adam_eps=0.6,
         ),
-        pipeline=PipelineConfig(stages=4, replicas=2, threads_per_stage=3, device="cpu", dtype="bfloat16"),
+        pipeline=PipelineConfig(
+            stages=4, replicas=2, threads_per_stage=3, device="cpu", dtype="bfloat16", max_restarts=17, spares=18
+        ),
         schedule="interleaved",
         chunks_per_stage=2,
         global_batch_size=32,
@@ -84,6 +86,7 @@ def test_every_option_arrives() -> None:
         max_tokens=15,
         min_stages=3,
         max_stages=5,
+        buddy_copies=False,
         checkpoint_every=9,
         keep_checkpoints=10,
         resume="never",

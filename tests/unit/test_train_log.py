@@ -196,3 +196,19 @@ def test_the_picture_shows_both_curves_and_appears_whole(tmp_path: Path) -> None
     blue, orange = (31, 119, 180), (255, 127, 14)
     assert [(blue in shown, orange in shown) for shown in colours] == [(False, False), (True, False), (True, True)]
     assert [entry.name for entry in tmp_path.iterdir()] == ["loss.png"]
+
+
+def test_steps_that_are_done_again_after_a_loss_are_written_once(tmp_path: Path) -> None:
+    with TrainLog(tmp_path, 4, 0) as log:
+        for number in (1, 2, 3):
+            log.step(step(number), [SKIPPED])
+        log.evaluation(EvalResult(3, 0.5, 10, 2, 0), [], [caption(3)])
+        log.rewind(1)
+        assert log.evaluated == set()
+        for number in (2, 3, 4):
+            log.step(step(number), [SKIPPED])
+        log.rewind(4)
+    for name, steps in (("metrics", [1, 2, 3, 4]), ("skipped", [1, 2, 3, 4]), ("eval", []), ("captions", [])):
+        lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == steps, name
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2, "the second one says from where on it counts"
