@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.cluster.train_runs import curve, final_weights, metrics, write_pairs
 pytestmark = [pytest.mark.slow, pytest.mark.chaos]
 
 STEPS = 10
+WHY_TWO = "an orphan may do its part of the step, and be gone before its commit has said so: then one had stepped"
 
 PROGRAM = """
 import json, os, signal, sys, threading, time
@@ -123,7 +125,8 @@ def test_a_node_dies_and_its_buddy_has_a_copy(model: Path, pairs: Path, quiet: P
     """There is a third node with room for a replacement; the state comes out of the memory of the node that is left."""
     told = run(model, pairs, tmp_path, "replace")
     assert_as_quiet(tmp_path, quiet)
-    assert (told["recoveries"], told["lost"]) == (1, 1)
+    assert told["recoveries"] == 1
+    assert 1 <= told["lost"] <= 2, WHY_TWO
     assert {line["stages"] for line in metrics(tmp_path)} == {2}
 
 
@@ -132,12 +135,13 @@ def test_a_node_dies_without_room_elsewhere_and_another_comes(
 ) -> None:
     told = run(model, pairs, tmp_path, "shrink")
     assert_as_quiet(tmp_path, quiet)
-    assert (told["recoveries"], told["lost"]) == (1, 1)
-    stages = [line["stages"] for line in metrics(tmp_path)]
-    assert stages == [2, 2, 2, 1, 1, 1, 2, 2, 2, 2]
+    assert told["recoveries"] == 1
+    assert 1 <= told["lost"] <= 2, WHY_TWO
+    assert [stages for stages, _ in groupby(line["stages"] for line in metrics(tmp_path))] == [2, 1, 2]
 
 
 def test_stage_and_buddy_are_lost(model: Path, pairs: Path, quiet: Path, tmp_path: Path) -> None:
     told = run(model, pairs, tmp_path, "both")
     assert_as_quiet(tmp_path, quiet)
-    assert (told["recoveries"], told["lost"]) == (1, 4), "there was no checkpoint: it begins again"
+    assert told["recoveries"] == 1
+    assert 4 <= told["lost"] <= 5, "there was no checkpoint: it begins again"
