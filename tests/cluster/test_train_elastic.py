@@ -122,9 +122,10 @@ def test_a_stage_that_hangs_is_ended(config: TrainConfig, quiet: Path, tmp_path:
 @pytest.mark.slow
 @pytest.mark.chaos
 def test_stages_without_copies_go_back_to_the_checkpoint(config: TrainConfig, quiet: Path, tmp_path: Path) -> None:
-    summary = disturbed(config, tmp_path, ("forward", 1, 5), buddy_copies=False, checkpoint_every=2)
+    summary = disturbed(config, tmp_path, ("forward", 1, 7), buddy_copies=False, checkpoint_every=2)
     assert_as_quiet(tmp_path / "out", quiet)
-    assert (summary.recoveries, summary.steps_lost) == (1, 1), "the checkpoint after four steps"
+    assert summary.recoveries == 1
+    assert summary.steps_lost in (1, 3), "from the checkpoint after six steps, or four where that was being written"
 
 
 @pytest.mark.slow
