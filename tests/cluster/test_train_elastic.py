@@ -140,8 +140,9 @@ def test_without_a_checkpoint_either_the_run_begins_again(config: TrainConfig, q
 @pytest.mark.chaos
 def test_a_twin_gives_what_was_lost(config: TrainConfig, tmp_path: Path) -> None:
     pipeline = replace(config.pipeline, replicas=2)
-    train(replace(config, output=str(tmp_path / "calm"), pipeline=pipeline))
-    summary = disturbed(config, tmp_path, ("backward", 1, 3), pipeline=pipeline)
+    config = replace(config, pipeline=pipeline, microbatch_size=1)  # two microbatches for each replica
+    train(replace(config, output=str(tmp_path / "calm")))
+    summary = disturbed(config, tmp_path, ("backward", 1, 3))
     assert_as_quiet(tmp_path / "out", tmp_path / "calm")
     assert (summary.recoveries, summary.steps_lost) == (1, 1)
 
