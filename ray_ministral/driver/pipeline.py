@@ -26,6 +26,10 @@ from ray_ministral.driver.stage_actor import LoadReport, StageStatus
 from ray_ministral.errors import RayMinistralError, StageDiedError
 
 STATUS_TIMEOUT_S = 0.5  # for a line of progress
+SMALL_BYTES = 1_000_000
+"""More than Ray sends with an answer (100 kB by default)."""
+SMALL_TIMEOUT_S = 1.0
+
 HEALTH_TIMEOUT_S = 15.0  # a stage that does not answer for so long is taken for hung
 
 
@@ -192,7 +196,19 @@ def lost_objects(references: Collection[Any]) -> set[Any]:
     """Those that no node of the cluster has any more."""
     alive = alive_nodes()
     places = get_object_locations(list(references))
-    return {reference for reference, place in places.items() if not alive.intersection(place["node_ids"])}
+    without = {ref: place["object_size"] for ref, place in places.items() if not alive.intersection(place["node_ids"])}
+    return {reference for reference, size in without.items() if not _is_with_us(reference, size)}
+
+
+def _is_with_us(reference: Any, size: int | None) -> bool:
+    """Whether an object that is on no node came to this process with the answer to its call, as small ones do."""
+    if size is None or size > SMALL_BYTES:
+        return False
+    try:
+        ray.get(reference, timeout=SMALL_TIMEOUT_S)
+    except (GetTimeoutError, RayError):
+        return False
+    return True
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -122,9 +122,10 @@ def test_a_stage_that_hangs_is_ended(config: TrainConfig, quiet: Path, tmp_path:
 @pytest.mark.slow
 @pytest.mark.chaos
 def test_stages_without_copies_go_back_to_the_checkpoint(config: TrainConfig, quiet: Path, tmp_path: Path) -> None:
-    summary = disturbed(config, tmp_path, ("forward", 1, 5), buddy_copies=False, checkpoint_every=2)
+    summary = disturbed(config, tmp_path, ("forward", 1, 7), buddy_copies=False, checkpoint_every=2)
     assert_as_quiet(tmp_path / "out", quiet)
-    assert (summary.recoveries, summary.steps_lost) == (1, 1), "the checkpoint after four steps"
+    assert summary.recoveries == 1
+    assert summary.steps_lost in (1, 3), "from the checkpoint after six steps, or four where that was being written"
 
 
 @pytest.mark.slow
@@ -139,8 +140,9 @@ def test_without_a_checkpoint_either_the_run_begins_again(config: TrainConfig, q
 @pytest.mark.chaos
 def test_a_twin_gives_what_was_lost(config: TrainConfig, tmp_path: Path) -> None:
     pipeline = replace(config.pipeline, replicas=2)
-    train(replace(config, output=str(tmp_path / "calm"), pipeline=pipeline))
-    summary = disturbed(config, tmp_path, ("backward", 1, 3), pipeline=pipeline)
+    config = replace(config, pipeline=pipeline, microbatch_size=1)  # two microbatches for each replica
+    train(replace(config, output=str(tmp_path / "calm")))
+    summary = disturbed(config, tmp_path, ("backward", 1, 3))
     assert_as_quiet(tmp_path / "out", tmp_path / "calm")
     assert (summary.recoveries, summary.steps_lost) == (1, 1)
 

@@ -64,13 +64,18 @@ def check(model_dir: Path, layouts: tuple[Layout, ...], **options: Any) -> None:
     assert_same_bits(ours, theirs)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+SLOW = ("muon", "frozen vision", "frozen language")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in SLOW else kind for kind in KINDS]
+)
 def test_four_then_two_then_three_stages(kind: str, directory: Any) -> None:
     options = dict(KINDS[kind])
     check(directory(tied=options.pop("tied", False)), (FOUR, TWO, THREE), **options)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True], ids=["untied", "tied"])
 def test_chunks_come_and_go(tied: bool, directory: Any) -> None:
     check(directory(tied=tied), (INTERLEAVED, ONE, FOUR), optimizer=OptimizerConfig(weight_decay=0.1))
 
