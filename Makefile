@@ -63,7 +63,8 @@ test-all: venv  ## run all tests, but make soak's
 
 chaos: venv  ## kill stages, workers, drivers and nodes under running jobs
 	$(BIN)/python -m pytest -m "not soak" tests/cluster/test_replacement.py tests/cluster/test_chaos.py \
-		tests/cluster/test_faults.py tests/cluster/test_command.py tests/cluster/test_autoscaler.py $(PYTEST_ARGS)
+		tests/cluster/test_faults.py tests/cluster/test_command.py tests/cluster/test_backpressure.py \
+		tests/cluster/test_autoscaler.py tests/cluster/test_train_elastic.py tests/cluster/test_train_nodes.py $(PYTEST_ARGS)
 
 soak: venv  ## hundreds of random kills under captioning jobs, some 20 minutes
 	$(BIN)/python -m pytest -s -m soak tests/cluster $(PYTEST_ARGS)
