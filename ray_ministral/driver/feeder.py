@@ -3,8 +3,8 @@
 A unit is a run of shards of one row group: it is read once, by one task. A few units are under way at a time, each
 stopped by Ray when what it has made is not taken. If a preparing worker dies (a decoder that crashes, memory, a row's
 deadline) or is given up by `restart_stuck`, the rows that it was at are prepared again one by one, so that the row at
-fault stands alone and becomes an error of its own. `take` waits for no worker: one that was stopped between a chunk and
-its pixels must not stop the driver.
+fault stands alone and becomes an error of its own. What dies before it has begun with its rows is no row's fault.
+`take` waits for no worker: one that was stopped between a chunk and its pixels must not stop the driver.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ TAKE_TIMEOUT_S = 600.0
 
 DEATHS_BY_ITSELF = 2
 """A row becomes an error when so many workers have died of it alone: one may have died for another reason."""
+
+MAX_STILLBORN = 10
+"""So many workers in a row may die before they begin; then something is wrong with all of them."""
 
 StartPrepare = Callable[[Sequence[Shard]], Any]
 """Starts a `tasks.prepare`; gives its generator of references."""
@@ -100,6 +103,7 @@ class Feeder:
         self._start = start
         self._units: deque[_Unit] = deque()
         self._deadline_s, self._ahead = deadline_s, units_ahead
+        self._stillborn = 0
         self._ready: deque[Prepared] = deque()  # what was looked at, or became an error, and was not taken yet
         self.fill()
 
@@ -176,6 +180,7 @@ class Feeder:
                     item = ray.get(next(unit.generator), timeout=TAKE_TIMEOUT_S)
                     if isinstance(item, Began):
                         unit.life.began = item.at
+                        self._stillborn = 0
                     else:
                         unit.chunk = item
                     continue
@@ -239,12 +244,23 @@ class Feeder:
     def _retry(self, unit: _Unit, reason: str) -> None:
         """The unit's worker died, or was given up. A row that has had its chances becomes an error, `_ready` then.
 
-        Else each of the rows that can have been in the chunk under way is tried alone; those after them stay together,
-        since a unit of one row reads the row group from its start.
+        One that had not begun with its rows says nothing of them: another one begins. Raises `ClusterError` where none
+        ever begins. Else each of the rows that can have been in the chunk under way is tried alone; those after them
+        stay together, since a unit of one row reads the row group from its start.
         """
         self._units.popleft()
         if not unit.shards:  # it died after its last row
             self.fill()
+            return
+        if unit.life.began is None:
+            self._stillborn += 1
+            if self._stillborn > MAX_STILLBORN:
+                raise ClusterError(
+                    f"{self._stillborn} workers that were to prepare rows died one after the other before they began; "
+                    f"the last one: {reason}; see Ray's logs of its node for what it died of"
+                )
+            logger.warning("preparing again: the worker for row %d had not begun: %s", unit.row, reason)
+            self._before_those_under_way([(_rest(unit), unit.suspect)])
             return
         shard = replace(unit.shards[0], start=unit.row)
         if unit.suspect >= DEATHS_BY_ITSELF:

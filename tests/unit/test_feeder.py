@@ -15,7 +15,7 @@ from ray.exceptions import NodeDiedError, RayError, RayTaskError, WorkerCrashedE
 from ray_ministral.captioning.request import Began, PreparedChunk, PreparedRow
 from ray_ministral.data.shards import Shard
 from ray_ministral.driver import feeder as feeder_module
-from ray_ministral.driver.feeder import Feeder, Prepared
+from ray_ministral.driver.feeder import MAX_STILLBORN, Feeder, Prepared
 from ray_ministral.errors import ClusterError, InputError
 
 DEADLINE_S = 60.0
@@ -79,6 +79,7 @@ class Workers:
     chunk_rows: int = 16
     deadly: frozenset[tuple[int, int]] = frozenset()
     luck: Iterator[bool] = field(default_factory=lambda: iter(()))
+    stillborn: Iterator[bool] = field(default_factory=lambda: iter(()))
     error: Exception | None = None
     death: RayError = field(default_factory=WorkerCrashedError)
     started: list[list[Shard]] = field(default_factory=list)
@@ -90,6 +91,8 @@ class Workers:
         return self.generators[-1]
 
     def _stream(self, shards: list[Shard]) -> Iterator[Any]:
+        if next(self.stillborn, False):
+            raise self.death
         yield Began(0.0)
         for index in dict.fromkeys(shard.index for shard in shards):
             rows = [row for shard in shards if shard.index == index for row in range(shard.start, shard.stop)]
@@ -320,6 +323,20 @@ def test_the_time_of_a_worker_is_taken_when_it_ends(monkeypatch: pytest.MonkeyPa
     assert (life.seconds, life.seconds) == (2.5, 2.5)
 
 
+def test_a_worker_that_dies_before_it_begins_is_no_rows_fault() -> None:
+    workers = Workers(stillborn=iter([True] * MAX_STILLBORN))
+    taken = take_all(Feeder([shard(0, 0, 0, 1)], workers.start))
+    assert keys(taken) == [(0, 0)]
+    assert not failures(taken)
+    assert len(workers.started) == MAX_STILLBORN + 1
+
+
+def test_workers_that_never_begin_end_the_job() -> None:
+    feeder = Feeder(WHOLE, Workers(stillborn=iter([True] * 1000)).start)
+    with pytest.raises(ClusterError, match=f"{MAX_STILLBORN + 1} workers .* before they began"):
+        take_all(feeder)
+
+
 class Silent(FakeRay):
     """A Ray in which some generators have nothing to give: their workers were stopped after so many references."""
 
@@ -365,7 +382,7 @@ def test_a_row_at_which_every_worker_is_stuck_is_given_up(monkeypatch: pytest.Mo
     while not feeder.exhausted:
         for generator, shards in zip(workers.generators, workers.started, strict=True):
             if shards[0].start <= 5 < shards[0].stop:
-                ray.given[id(generator)] = 0
+                ray.given.setdefault(id(generator), 1)  # it says that it begins, and no more
         prepared = feeder.take()
         if prepared is not None:
             taken.append(prepared)
