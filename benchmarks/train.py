@@ -5,9 +5,10 @@
 Workload 1 is the decoder alone: 16 samples of 128 tokens a step, in 8 microbatches. Workload 2 is the whole model with
 images of 112 to 448 pixels a side and answers of 5 to 97 tokens. Hidden 512, 8 layers, 8 heads on 2 KV heads, ffn 1536,
 vocabulary 8192, tied; vision 256 x 4 layers; fp32, AdamW, random weights. All use two cores: this project two stages of
-one thread, run as a whole job by jobs/train.py on a local Ray cluster; torch's pipelining two processes of one thread,
-with the layers cut in half, as is usual, and where this project cuts them (its last stage has the output layer to do);
-the Hugging Face loop one process of two threads, in microbatches of 2 and with the whole batch at once.
+one thread, run as a whole job by jobs/train.py on a local Ray cluster, without copies of the state, which no peer keeps
+either; torch's pipelining two processes of one thread, with the layers cut in half, as is usual, and where this project
+cuts them (its last stage has the output layer to do); the Hugging Face loop one process of two threads, in microbatches
+of 2 and with the whole batch at once.
 
 Rounds are interleaved. Every loss curve must be that of the first contestant, or the status is 1. Then the simulator's
 step against the measured one, and the peak memory of each stage against the activations that the simulator counts.
@@ -180,6 +181,7 @@ def _our_command(model: Path, rows: Path, workload: TrainWorkload, schedule: str
     betas = ["--adam-beta1", BETAS[0], "--adam-beta2", BETAS[1], "--adam-eps", EPS]
     sizes = ["--steps", steps, "--global-batch-size", workload.batch, "--microbatch-size", workload.microbatch]
     layout = ["--stages", 2, "--threads-per-stage", 1, "--schedule", schedule, "--dtype", "float32", "--seed", SEED]
+    layout.append("--no-buddy-copies")  # no peer keeps any
     arguments = ["--model", model, "--train", rows, *columns, *sizes, *layout, *rates, *betas]
     command = [sys.executable, str(Path(ROOT) / "jobs" / "train.py"), *arguments, "--address", "local"]
     return [str(argument) for argument in command]
