@@ -54,7 +54,7 @@ class PartWriter:
     @property
     def is_full(self) -> bool:
         """Whether so much is under way that no more rows should be begun."""
-        return len(self.under_way) >= PARTS_AHEAD
+        return len(self._whole) + len(self._writes) + len(self._commits.under_way) >= PARTS_AHEAD
 
     @property
     def under_way(self) -> list[str]:

@@ -192,23 +192,25 @@ def is_ready(reference: Any) -> bool:
     return bool(ready)
 
 
+def has_succeeded(reference: Any) -> bool:
+    """Whether a call has come to its end, and not to an error; does not wait."""
+    if not is_ready(reference):
+        return False
+    try:
+        ray.get(reference)
+    except RayError:
+        return False
+    return True
+
+
 def lost_objects(references: Collection[Any]) -> set[Any]:
-    """Those that no node of the cluster has any more."""
+    """Those that no node of the cluster has any more. Small ones came to this process with the answer to their call."""
     alive = alive_nodes()
     places = get_object_locations(list(references))
     without = {ref: place["object_size"] for ref, place in places.items() if not alive.intersection(place["node_ids"])}
-    return {reference for reference, size in without.items() if not _is_with_us(reference, size)}
-
-
-def _is_with_us(reference: Any, size: int | None) -> bool:
-    """Whether an object that is on no node came to this process with the answer to its call, as small ones do."""
-    if size is None or size > SMALL_BYTES:
-        return False
-    try:
-        ray.get(reference, timeout=SMALL_TIMEOUT_S)
-    except (GetTimeoutError, RayError):
-        return False
-    return True
+    small = [reference for reference, size in without.items() if size is not None and size <= SMALL_BYTES]
+    with_us = ray.wait(small, num_returns=len(small), timeout=SMALL_TIMEOUT_S)[0] if small else []
+    return without.keys() - {reference for reference in with_us if has_succeeded(reference)}
 
 
 def root_cause(error: BaseException) -> BaseException:

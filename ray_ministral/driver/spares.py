@@ -9,10 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-from ray.exceptions import RayError
-
-from ray_ministral.driver.pipeline import NewActor, Pipeline, end_actor, is_ready
+from ray_ministral.driver.pipeline import NewActor, Pipeline, end_actor, has_succeeded
 from ray_ministral.driver.places import Place
 
 LOOK_EVERY_S = 2.0
@@ -39,7 +36,7 @@ class Spares:
     def stand_in(self, pipeline: Pipeline, index: int) -> bool:
         """Give a stage of `pipeline` a spare in place of its actor; False where none is ready."""
         for spare in self._waiting:
-            if _is_warm(spare):
+            if has_succeeded(spare.warm_up):
                 break
         else:
             return False
@@ -53,7 +50,7 @@ class Spares:
     @property
     def ready(self) -> int:
         """How many could stand in now."""
-        return sum(_is_warm(spare) for spare in self._waiting)
+        return sum(has_succeeded(spare.warm_up) for spare in self._waiting)
 
     def poll(self) -> None:
         """Start those anew whose node has died."""
@@ -76,13 +73,3 @@ class Spares:
             place.renew()
         actor, warm_up = self._new_actor(place)
         self._waiting.append(_Spare(actor, warm_up, place))
-
-
-def _is_warm(spare: _Spare) -> bool:
-    if not is_ready(spare.warm_up):
-        return False
-    try:
-        ray.get(spare.warm_up)
-    except RayError:
-        return False
-    return True

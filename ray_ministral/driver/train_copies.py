@@ -14,12 +14,11 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_ministral.driver.cluster import alive_nodes
-from ray_ministral.driver.pipeline import end_actor, is_ready, lost_objects
+from ray_ministral.driver.pipeline import end_actor, has_succeeded, is_ready, lost_objects
 from ray_ministral.training.migration import Piece
 
 STEPS_KEPT = 2
 """Some stages may have done the last step when others die before they have: then all go back to the one before."""
-
 
 LOOK_EVERY_S = 2.0
 """How often to see which nodes there are."""
@@ -35,13 +34,7 @@ class Copy:
 
     def is_there(self) -> bool:
         """Whether the call that made it has succeeded. Its bytes may be lost."""
-        if not is_ready(self.made):
-            return False
-        try:
-            ray.get(self.made)
-        except RayError:
-            return False
-        return True
+        return has_succeeded(self.made)
 
 
 class Holder:

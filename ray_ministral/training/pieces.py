@@ -37,11 +37,6 @@ class PieceState:
     tensors: dict[str, np.ndarray]
     checksum: int | None
 
-    @property
-    def nbytes(self) -> int:
-        """Of the tensors."""
-        return sum(array.nbytes for array in self.tensors.values())
-
 
 Parcel = Mapping[Piece, PieceState]
 """Some pieces as they go from one stage to another."""
